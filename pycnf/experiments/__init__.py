@@ -1,0 +1,12 @@
+"""Experiments: arms that differ in their regularizer alone, trained and tested at the same tolerance."""
+
+from pycnf.experiments.arms import Arm as Arm
+from pycnf.experiments.arms import parse_arms as parse_arms
+from pycnf.experiments.arms import parse_seeds as parse_seeds
+from pycnf.experiments.comparison import compare as compare
+from pycnf.experiments.results import ComparisonResult as ComparisonResult
+from pycnf.experiments.runs import train_and_test as train_and_test
+from pycnf.experiments.setup import PRESETS as PRESETS
+from pycnf.experiments.setup import Setup as Setup
+from pycnf.experiments.setup import read_hidden as read_hidden
+from pycnf.experiments.setup import setup_for as setup_for

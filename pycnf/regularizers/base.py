@@ -1,0 +1,139 @@
+"""The protocol every regularizer follows, and the names by which regularizers are called."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+import re
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from pycnf.solution import Solution
+
+REGISTRY: dict[str, type[Regularizer]] = {}
+
+
+@dataclass(frozen=True)
+class Regularizer(abc.ABC):
+    """Add ``weight * penalty`` to the training objective, summed over the blocks of a flow.
+
+    A regularizer is a frozen dataclass: its fields are its settings. Before each solve of a block it may name
+    sampled times; after the solve it turns the block's :class:`~pycnf.solution.Solution` into a scalar.
+    Regularizers act in training only and never enter the step control.
+
+    Attributes:
+        weight: Factor of the penalty, >= 0.
+        name: Name on the command line and in records.
+    """
+
+    weight: float
+
+    name: ClassVar[str]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" in cls.__dict__:
+            REGISTRY[cls.name] = cls
+
+    def __post_init__(self) -> None:
+        if not (self.weight >= 0 and math.isfinite(self.weight)):
+            raise ValueError(f"expected a finite weight >= 0, got {self.weight}")
+
+    def sample_times(self) -> Tensor | None:
+        """Draw the interior times of one solve as sorted fractions of T in (0, 1), (n,) float64; None for none."""
+        return None
+
+    @abc.abstractmethod
+    def penalty(self, solution: Solution) -> Tensor:
+        """Return the penalty of one block, a scalar.
+
+        Args:
+            solution: The block's solve, sampled at 0, the times this regularizer named, and T.
+        """
+
+    def __str__(self) -> str:
+        """Write the settings that differ from the defaults, as :func:`parse_regularizers` reads them."""
+        settings = [
+            f"{f.name}={_write(getattr(self, f.name))}"
+            for f in dataclasses.fields(self)
+            if f.name == "weight" or getattr(self, f.name) != f.default
+        ]
+        return f"{self.name}:{','.join(settings)}"
+
+
+def parse_regularizers(spec: str) -> list[Regularizer]:
+    """Read a sum of regularizers such as ``"none"``, ``"tpr"`` or ``"tpr:weight=50,degree=1,channels=both"``.
+
+    Terms are joined by ``+``; the settings of a term follow its name after a colon.
+
+    Raises:
+        ValueError: On an unknown name or setting, with what is known.
+
+    >>> [term.weight for term in parse_regularizers("tpr:weight=2.5+tpr:channels=logp")]
+    [2.5, 5.0]
+    """
+    if spec.strip().lower() in ("none", ""):
+        return []
+    return [_parse_term(term.strip()) for term in re.split(r"\+(?!\d)", spec)]
+
+
+def describe_regularizers(regularizers: Iterable[Regularizer]) -> str:
+    """Write regularizers as :func:`parse_regularizers` reads them, ``"none"`` for none."""
+    return "+".join(str(r) for r in regularizers) or "none"
+
+
+def check_regularizers(regularizers: Sequence[Regularizer] | Regularizer | None) -> tuple[Regularizer, ...]:
+    """Return a tuple of regularizers, or say what was given instead.
+
+    Raises:
+        TypeError: When something else than a regularizer is given.
+    """
+    if regularizers is None:
+        return ()
+    if isinstance(regularizers, Regularizer):
+        return (regularizers,)
+    for r in regularizers:
+        if not isinstance(r, Regularizer):
+            raise TypeError(f"expected regularizers such as TPR(weight=5.0), got {r!r}")
+    return tuple(regularizers)
+
+
+def _parse_term(term: str) -> Regularizer:
+    name, _, settings = term.partition(":")
+    if name not in REGISTRY:
+        raise ValueError(f"unknown regularizer {name!r}: choose none or one of {', '.join(sorted(REGISTRY))}")
+    cls = REGISTRY[name]
+    hints = typing.get_type_hints(cls)
+    known = [f.name for f in dataclasses.fields(cls)]
+    values = {}
+    for setting in filter(None, settings.split(",")):
+        key, equals, text = (part.strip() for part in setting.partition("="))
+        if not equals or key not in known:
+            raise ValueError(f"unknown setting {setting!r} of {name}: write key=value with a key of {', '.join(known)}")
+        values[key] = _read(text, hints[key], f"{name}:{key}")
+    return cls(**values)
+
+
+def _read(text: str, hint: Any, where: str) -> Any:
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    if bool in options and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        if kind in options:
+            try:
+                return kind(text)
+            except ValueError:
+                continue
+    if str in options or any(typing.get_origin(option) is typing.Literal for option in options):
+        return text
+    raise ValueError(f"cannot read {text!r} for {where}")
+
+
+def _write(value: Any) -> str:
+    return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)

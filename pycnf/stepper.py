@@ -1,0 +1,455 @@
+r"""Adaptive Runge-Kutta steps whose reverse pass is written out.
+
+:func:`integrate` takes the steps that torchdiffeq's adaptive methods take (same tableaus, initial step, error
+norm, step-size rule and interpolant), decides them on the host with one synchronization a step, and differentiates
+through them without recording the solver's arithmetic: every stage, solution and dense output is linear in the
+start y_0 of its step and the slopes k_j,
+
+    Y_i = y_0 + h sum_j a_ij k_j,   k_i = f(t + c_i h, Y_i),   y_1 = y_0 + h sum_j b_j k_j,
+
+so the reverse pass needs only the pullbacks of f at the stages.
+
+References:
+    Hairer, Norsett & Wanner, Solving Ordinary Differential Equations I, sections II.4 and II.6.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchdiffeq._impl.odeint import SOLVERS
+
+from pycnf.solution import SolveError, SolveStats, refuse_second_derivatives
+
+Pullback = Callable[[Tensor, list[Tensor]], Tensor]
+Norm = Callable[[Tensor], Tensor]
+
+SAFETY, MAX_FACTOR, MIN_FACTOR = 0.9, 10.0, 0.2
+RESOLUTION = 16 * 2.0**-52  # smallest step, in units of t, that float64 still tells from none
+
+
+class Dynamics(Protocol):
+    """Evaluate dy/dt, and on demand together with its pullback.
+
+    ``linearize(t, y)`` returns f and a function (g, grads) -> g^T df/dy that adds g^T df/dtheta_i to grads[i]
+    for the ``tensors`` theta_i.
+    """
+
+    @property
+    def tensors(self) -> Sequence[Tensor]: ...
+
+    def __call__(self, t: Tensor, y: Tensor) -> Tensor: ...
+
+    def linearize(self, t: Tensor, y: Tensor) -> tuple[Tensor, Pullback]: ...
+
+
+class StepError(Exception):
+    """End an integration that cannot go on; ``cause`` is "budget", "underflow" or "non-finite"."""
+
+    def __init__(self, cause: str) -> None:
+        super().__init__(cause)
+        self.cause = cause
+
+
+@dataclass
+class Progress:
+    """Follow one integration: its counts, the last accepted time, the last step tried and its error over tolerance."""
+
+    stats: SolveStats
+    t: float
+    step: float = math.nan
+    ratio: float = math.nan
+    max_nfe: int | None = None
+
+    def spend(self) -> None:
+        """Count one evaluation of the dynamics, if the budget has it."""
+        if self.max_nfe is not None and self.stats.nfe >= self.max_nfe:
+            raise StepError("budget")
+        self.stats.nfe += 1
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """Show an observer one step that was tried.
+
+    Attributes:
+        t: Time at its start.
+        h: Its size, in units of t, negative in a solve that runs backwards.
+        y0: State at its start.
+        y1: State at its end, were it accepted.
+        error: Embedded error estimate over the tolerance, e / (atol + rtol max(|y0|, |y1|)), shaped like y0.
+        ratio: Norm of ``error``.
+        accepted: Whether the solve goes on from ``y1``.
+    """
+
+    t: float
+    h: float
+    y0: Tensor
+    y1: Tensor
+    error: Tensor
+    ratio: float
+    accepted: bool
+
+
+Observer = Callable[[Attempt], None]
+
+
+def explain_failure(cause: str, method: str, progress: Progress) -> SolveError:
+    """Turn the end of an integration into an error that says what happened and what to try."""
+    advice = (
+        "a smaller learning rate or gradient clipping if this is training, a looser tolerance or min_step > 0, "
+        "or a regularizer such as TPR that keeps the field easy"
+    )
+    if cause == "budget":
+        cause = f"the budget of max_nfe = {progress.max_nfe} evaluations is spent"
+        advice = "a larger max_nfe, a looser tolerance, on_budget='stop', or a regularizer such as TPR"
+    elif cause == "underflow" and math.isfinite(progress.ratio):
+        cause = "the step size underflowed: the field is stiff or discontinuous for this method and tolerance"
+    elif cause in ("underflow", "non-finite"):
+        cause = "the field returns NaN or infinity there or close by, so it has blown up"
+    return SolveError(cause, advice, method=method, t=progress.t, step=progress.step, nfe=progress.stats.nfe)
+
+
+@dataclass(frozen=True)
+class StepControl:
+    """Hold what decides the steps.
+
+    Attributes:
+        method: Name of an adaptive method.
+        rtol: Relative tolerance.
+        atol: Absolute tolerance.
+        norm: Norm of the error over the tolerance.
+        stops: Times at which a step must end, in order, the last of them the end of the solve.
+        first_step: First step, None to choose it.
+        min_step: Smallest step, accepted whatever its error.
+        max_step: Largest step.
+        soft_stop: Whether a spent budget returns the last accepted state.
+        observer: What is shown every step that was tried; it must not change what it sees.
+    """
+
+    method: str
+    rtol: float
+    atol: float
+    norm: Norm
+    stops: tuple[float, ...]
+    first_step: float | None = None
+    min_step: float = 0.0
+    max_step: float = math.inf
+    soft_stop: bool = False
+    observer: Observer | None = None
+
+
+@dataclass(frozen=True)
+class Tableau:
+    """Hold an embedded Runge-Kutta pair in float64.
+
+    Attributes:
+        order: Order of the advanced solution.
+        c: Nodes of the stages after the first, (s-1,).
+        rows: The s-1 rows a_i, the weights b of the solution and the weights of the error estimate, (s+1, s).
+        dense: Coefficients of theta^4 ... theta of the quartic interpolant's weights on the slopes, (4, s).
+        advances: Whether the last stage is the solution itself.
+    """
+
+    order: int
+    c: np.ndarray
+    rows: np.ndarray
+    dense: np.ndarray
+    advances: bool
+
+
+@functools.cache
+def tableau(method: str) -> Tableau:
+    """Return the tableau of an adaptive method, as torchdiffeq defines it."""
+    solver = SOLVERS[method]
+    source, mid = solver.tableau, np.asarray(solver.mid.double())
+    b, error = np.asarray(source.c_sol.double()), np.asarray(source.c_error.double())
+    s = len(b)
+    rows = np.zeros((s + 1, s))
+    for i, row in enumerate(source.beta):
+        rows[i, : len(row)] = row.double()
+    rows[s - 1], rows[s] = b, error
+    first, last = np.eye(s)[0], np.eye(s)[-1]
+    dense = np.stack(
+        [
+            2 * (last - first) - 8 * b + 16 * mid,
+            5 * first - 3 * last + 14 * b - 32 * mid,
+            last - 4 * first - 5 * b + 16 * mid,
+            first,
+        ]
+    )
+    return Tableau(solver.order, np.asarray(source.alpha.double()), rows, dense, bool(np.allclose(rows[s - 2], b)))
+
+
+def integrate(dynamics: Dynamics, y0: Tensor, ts: Sequence[float], control: StepControl, progress: Progress) -> Tensor:
+    """Integrate from ts[0] to ts[-1] and return the states at ts, shape (K, *y0.shape).
+
+    Args:
+        dynamics: Right-hand side.
+        y0: Start, any shape; it is treated as one vector.
+        ts: Times, monotone, the start first and the end last.
+        control: What decides the steps.
+        progress: Counts and position, updated as the solve goes; after a :class:`StepError` they tell where.
+
+    Raises:
+        StepError: When the budget is spent or no step can be taken.
+    """
+    if torch.is_grad_enabled() and (y0.requires_grad or any(tensor.requires_grad for tensor in dynamics.tensors)):
+        return _Integrate.apply(dynamics, tuple(ts), control, progress, y0, *dynamics.tensors)
+    return _Run(dynamics, control, progress, record=False).forward(y0, ts)
+
+
+@dataclass
+class _Step:
+    """Keep what the reverse pass needs of one accepted step."""
+
+    h: float
+    pullbacks: list[Pullback]
+    samples: list[tuple[int, np.ndarray | None]] = field(default_factory=list)
+
+
+class _Run:
+    """Carry one integration forward and, where it was recorded, back."""
+
+    def __init__(self, dynamics: Dynamics, control: StepControl, progress: Progress, *, record: bool) -> None:
+        self.dynamics, self.control, self.progress, self.record = dynamics, control, progress, record
+        self.tableau = tableau(control.method)
+        self.steps: list[_Step] = []
+        self.y = torch.empty(0)
+        self.start: Pullback | None = None
+
+    def evaluate(self, t: float, y: Tensor) -> tuple[Tensor, Pullback | None]:
+        """Evaluate the dynamics at one point, with the pullback where the run is recorded."""
+        self.progress.spend()
+        time = torch.full((), t, dtype=y.dtype, device=y.device)
+        if self.record:
+            return self.dynamics.linearize(time, y)
+        value = self.dynamics(time, y)
+        if value.requires_grad:
+            raise ValueError("the right-hand side closes over tensors that want gradients: name them in tensors=")
+        return value, None
+
+    def forward(self, y0: Tensor, ts: Sequence[float]) -> Tensor:
+        """Take the steps from ts[0] to ts[-1] and return the states at ts, or at the start and a soft stop."""
+        out = torch.empty(len(ts), *y0.shape, dtype=y0.dtype, device=y0.device)
+        out[0] = y0
+        self.y = y0
+        try:
+            self.advance(out, ts)
+        except StepError as err:
+            if err.cause != "budget" or not self.control.soft_stop:
+                raise
+            self.progress.stats.stopped = True
+            out = torch.stack([y0, self.y])
+            for step in self.steps:
+                step.samples.clear()
+            if self.steps:
+                self.steps[-1].samples.append((1, None))
+        return out
+
+    def advance(self, out: Tensor, ts: Sequence[float]) -> None:
+        """Take the steps and fill in the states at ts[1:]."""
+        control, progress, y = self.control, self.progress, self.y
+        rows = torch.as_tensor(self.tableau.rows, dtype=y.dtype, device=y.device)
+        t, end, direction = ts[0], ts[-1], math.copysign(1.0, ts[-1] - ts[0])
+        stops = list(control.stops)
+        slope, self.start = self.evaluate(t, y)
+        size, sample = control.first_step or self.initial_step(t, y, slope, direction), 1
+        while stops:
+            size = min(max(size, control.min_step), control.max_step)
+            progress.t, progress.step = t, size
+            on_stop = (t + direction * size - stops[0]) * direction > -1e-12 * abs(end - ts[0])
+            t1 = stops[0] if on_stop else t + direction * size
+            h = t1 - t
+            y1, slopes, pullbacks, error = self.step(t, h, y, slope, rows)
+            progress.ratio = ratio = abs(float(control.norm(error)))
+            accepted = ratio <= 1 or min(size, abs(h)) <= control.min_step
+            if control.observer is not None:
+                control.observer(Attempt(t, h, y, y1, error, ratio, accepted))
+            if accepted:
+                if not math.isfinite(ratio):
+                    raise StepError("non-finite")
+                progress.stats.accept(abs(h))
+                step = _Step(h, pullbacks)
+                while sample < len(ts) and (t1 - ts[sample]) * direction >= 0:
+                    weights = None if ts[sample] == t1 else self.interpolate((ts[sample] - t) / h)
+                    out[sample] = y1 if weights is None else self.combine(y, slopes, weights, h)
+                    step.samples.append((sample, weights))
+                    sample += 1
+                if self.record:
+                    self.steps.append(step)
+                if on_stop:
+                    stops.pop(0)
+                t, y, slope = t1, y1, slopes[-1].view_as(y)
+                progress.t, self.y = t, y
+            else:
+                progress.stats.rejected += 1
+                if abs(h) * self.factor(ratio) < RESOLUTION * max(abs(t), abs(end)):
+                    raise StepError("underflow")
+            size = abs(h) * self.factor(ratio)
+
+    def step(
+        self, t: float, h: float, y: Tensor, slope: Tensor, rows: Tensor
+    ) -> tuple[Tensor, Tensor, list[Pullback], Tensor]:
+        """Take one step: the solution, the slopes (s, N), the stages' pullbacks and the error over the tolerance."""
+        tab, control, flat = self.tableau, self.control, y.reshape(-1)
+        s = len(tab.c) + 1
+        slopes = torch.empty(s, flat.numel(), dtype=y.dtype, device=y.device)
+        slopes[0] = slope.reshape(-1)
+        weights = rows * h
+        pullbacks: list[Pullback] = []
+        stage = flat
+        for i in range(1, s):
+            stage = torch.addmv(flat, slopes[:i].t(), weights[i - 1, :i])
+            value, pullback = self.evaluate(t + float(tab.c[i - 1]) * h, stage.view_as(y))
+            slopes[i] = value.reshape(-1)
+            if pullback is not None:
+                pullbacks.append(pullback)
+        y1 = stage if tab.advances else torch.addmv(flat, slopes.t(), weights[s - 1])
+        scale = torch.maximum(flat.abs(), y1.abs()).mul_(control.rtol).add_(control.atol)
+        error = torch.mv(slopes.t(), weights[s]).div_(scale)
+        return y1.view_as(y), slopes, pullbacks, error.view_as(y)
+
+    def combine(self, y: Tensor, slopes: Tensor, weights: np.ndarray, h: float) -> Tensor:
+        """Return y + h sum_j w_j k_j."""
+        return torch.addmv(y.reshape(-1), slopes.t(), torch.as_tensor(weights * h).to(y)).view_as(y)
+
+    def interpolate(self, theta: float) -> np.ndarray:
+        """Return the weights (s,) of the slopes in the dense output at a fraction theta of the step."""
+        return theta ** np.arange(4, 0, -1) @ self.tableau.dense
+
+    def factor(self, ratio: float) -> float:
+        """Return the factor of the step size after a step with this error over tolerance."""
+        if ratio == 0:
+            return MAX_FACTOR
+        if not math.isfinite(ratio):
+            return MIN_FACTOR
+        lowest = 1.0 if ratio < 1 else MIN_FACTOR
+        return min(MAX_FACTOR, max(SAFETY / ratio ** (1 / self.tableau.order), lowest))
+
+    def initial_step(self, t: float, y: Tensor, slope: Tensor, direction: float) -> float:
+        """Choose the first step from the size of y, its slope and one Euler step."""
+        control, order = self.control, self.tableau.order - 1
+        scale = y.abs().mul(control.rtol).add_(control.atol)
+        d0, d1 = float(control.norm(y / scale)), float(control.norm(slope / scale))
+        if not math.isfinite(d1):
+            raise StepError("non-finite")
+        h0 = 1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1
+        self.progress.spend()
+        t1 = torch.full((), t + direction * h0, dtype=y.dtype, device=y.device)
+        probe = self.dynamics(t1, torch.add(y, slope, alpha=direction * h0))
+        d2 = abs(float(control.norm((probe - slope) / scale))) / h0
+        if not math.isfinite(d2):
+            return 1e-3 * h0
+        h1 = max(1e-6, h0 * 1e-3) if max(d1, d2) <= 1e-15 else (0.01 / max(d1, d2)) ** (1 / (order + 1))
+        return min(100 * h0, h1)
+
+    def backward(self, gout: Tensor, grads: list[Tensor]) -> Tensor:
+        """Pull the gradient of the states at ts back to y_0, adding those of the tensors to grads."""
+        tab = self.tableau
+        s, flat = len(tab.c) + 1, gout.reshape(len(gout), -1)
+        rows = torch.as_tensor(tab.rows, dtype=gout.dtype, device=gout.device)
+        gy = torch.zeros_like(flat[0]) if self.steps else flat[1].clone()
+        gslope = torch.zeros_like(gy)
+        for step in reversed(self.steps):
+            weights = rows * step.h
+            gslopes = torch.zeros(s, gy.numel(), dtype=gy.dtype, device=gy.device)
+            gslopes[-1] = gslope
+            inside = torch.zeros_like(gy)
+            for sample, at in step.samples:
+                if at is None:
+                    gy = gy + flat[sample]
+                else:
+                    inside += flat[sample]
+                    gslopes.addr_(torch.as_tensor(at * step.h).to(gy), flat[sample])
+            if not tab.advances:
+                gslopes.addr_(weights[s - 1], gy)
+                inside += gy
+            for i in range(s - 1, 0, -1):
+                gstage = step.pullbacks[i - 1](gslopes[i].view(gout.shape[1:]), grads).reshape(-1)
+                if tab.advances and i == s - 1:
+                    gstage = gstage + gy
+                gslopes[:i].addr_(weights[i - 1, :i], gstage)
+                inside += gstage
+            gy, gslope = inside, gslopes[0]
+        if self.start is not None:
+            gy = gy + self.start(gslope.view(gout.shape[1:]), grads).reshape(-1)
+        return (gy + flat[0]).view(gout.shape[1:])
+
+
+class _Integrate(torch.autograd.Function):
+    """Join an integration to automatic differentiation."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        dynamics: Dynamics,
+        ts: tuple[float, ...],
+        control: StepControl,
+        progress: Progress,
+        y0: Tensor,
+        *tensors: Tensor,
+    ) -> Tensor:
+        ctx.run = _Run(dynamics, control, progress, record=True)
+        ctx.tensors = tensors
+        return ctx.run.forward(y0, ts)
+
+    @staticmethod
+    def backward(ctx: Any, gout: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivatives()
+        grads = [torch.zeros_like(tensor) for tensor in ctx.tensors]
+        gy = ctx.run.backward(gout.contiguous(), grads)
+        return None, None, None, None, gy, *grads
+
+
+class AutogradDynamics:
+    """Give any right-hand side a pullback by automatic differentiation of one evaluation."""
+
+    def __init__(self, func: Callable[[Tensor, Tensor], Tensor], tensors: Sequence[Tensor]) -> None:
+        self.func, self.tensors = func, tensors
+
+    def __call__(self, t: Tensor, y: Tensor) -> Tensor:
+        """Evaluate the right-hand side."""
+        return self.func(t, y)
+
+    def linearize(self, t: Tensor, y: Tensor) -> tuple[Tensor, Pullback]:
+        """Evaluate the right-hand side and return its pullback (see :class:`Dynamics`)."""
+        with torch.enable_grad():
+            point = y.detach().requires_grad_()
+            value = self.func(t, point)
+        wanted = [i for i, tensor in enumerate(self.tensors) if tensor.requires_grad]
+
+        def pullback(g: Tensor, grads: list[Tensor]) -> Tensor:
+            if not value.requires_grad:
+                return torch.zeros_like(point)
+            inputs = [point, *(self.tensors[i] for i in wanted)]
+            gy, *rest = torch.autograd.grad(value, inputs, g, allow_unused=True, retain_graph=True)
+            for i, grad in zip(wanted, rest, strict=True):
+                if grad is not None:
+                    grads[i] += grad
+            return torch.zeros_like(point) if gy is None else gy
+
+        return value.detach(), pullback
+
+
+__all__ = [
+    "Attempt",
+    "AutogradDynamics",
+    "Dynamics",
+    "Observer",
+    "Progress",
+    "Pullback",
+    "StepControl",
+    "StepError",
+    "Tableau",
+    "explain_failure",
+    "integrate",
+    "tableau",
+]
