@@ -15,7 +15,7 @@ BIN   := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help env test lint types unit format book clean distclean
+.PHONY: help env test lint types unit format tables book clean distclean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -73,6 +73,9 @@ unit: $(VENV)/.installed-dev ## run tests and doctests
 format: $(VENV)/.installed-dev ## rewrite the code in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+tables: $(VENV)/.installed-dev ## write the tables of the README from the records in results/
+	$(BIN)/python benchmarks/tables.py
 
 # ---- book -------------------------------------------------------------------------------------
 

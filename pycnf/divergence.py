@@ -74,8 +74,8 @@ class Exact:
 class Hutchinson:
     r"""Estimate div v = tr J by (1/m) sum_k e_k^T J e_k with E[e e^T] = I, unbiased.
 
-    The probes e_k are drawn once per solve. The variance of one probe is 2 |S|_F^2 for Gaussian noise and
-    2 (|S|_F^2 - sum_i S_ii^2) for Rademacher noise, with S the symmetric part of J; m probes divide it by m.
+    The probes e_k are drawn once per solve. The variance of one probe is 2 ‖S‖² (Frobenius norm) for Gaussian noise and
+    2 (‖S‖² - sum_i S_ii²) for Rademacher noise, with S the symmetric part of J; m probes divide it by m.
 
     Args:
         probes: Number m of probes.

@@ -21,17 +21,23 @@ TimeConditioning = Literal["concat", "concatsquash", "none"]
 
 @dataclass(frozen=True)
 class Activation:
-    """Give an activation h = value(a) with its first derivative s = slope(a, h) and second, curvature(a, h, s)."""
+    """Give an activation, its slope, and how gradients pass through both.
+
+    Attributes:
+        value: h = value(a).
+        slope: s = slope(a, h), the derivative of h.
+        pull: ga = pull(a, h, s, gh, gs) = gh s + gs ds/da, the gradient of a from those of h and s.
+    """
 
     value: Callable[[Tensor], Tensor]
     slope: Callable[[Tensor, Tensor], Tensor]
-    curvature: Callable[[Tensor, Tensor, Tensor], Tensor]
+    pull: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 _ONE = torch.ones(())
 
 
-def _silu_curvature(a: Tensor, h: Tensor, s: Tensor) -> Tensor:
+def _silu_curvature(a: Tensor) -> Tensor:
     sigmoid = torch.sigmoid(a)
     return sigmoid * (1 - sigmoid) * (2 + a * (1 - 2 * sigmoid))
 
@@ -40,12 +46,28 @@ ACTIVATIONS: dict[str, Activation] = {
     "tanh": Activation(
         torch.tanh,
         lambda a, h: torch.addcmul(_ONE.to(h), h, h, value=-1),
-        lambda a, h, s: (h * s).mul_(-2),
+        lambda a, h, s, gh, gs: torch.addcmul(gh, h, gs, value=-2).mul_(s),
     ),
-    "softplus": Activation(F.softplus, lambda a, h: torch.sigmoid(a), lambda a, h, s: s - s * s),
-    "sigmoid": Activation(torch.sigmoid, lambda a, h: h - h * h, lambda a, h, s: s * (1 - 2 * h)),
-    "silu": Activation(F.silu, lambda a, h: torch.sigmoid(a) * (1 + a - h), _silu_curvature),
-    "sin": Activation(torch.sin, lambda a, h: torch.cos(a), lambda a, h, s: -h),
+    "softplus": Activation(
+        F.softplus,
+        lambda a, h: torch.sigmoid(a),
+        lambda a, h, s, gh, gs: torch.addcmul(gh, gs, 1 - s).mul_(s),
+    ),
+    "sigmoid": Activation(
+        torch.sigmoid,
+        lambda a, h: h - h * h,
+        lambda a, h, s, gh, gs: torch.addcmul(gh, gs, 1 - 2 * h).mul_(s),
+    ),
+    "silu": Activation(
+        F.silu,
+        lambda a, h: torch.sigmoid(a) * (1 + a - h),
+        lambda a, h, s, gh, gs: torch.addcmul(gh * s, gs, _silu_curvature(a)),
+    ),
+    "sin": Activation(
+        torch.sin,
+        lambda a, h: torch.cos(a),
+        lambda a, h, s, gh, gs: torch.addcmul(gh * s, gs, h, value=-1),
+    ),
 }
 
 

@@ -43,12 +43,12 @@ class FlowSolution:
 
     @property
     def z(self) -> Tensor:
-        """Final states, shape (*batch, D)."""
+        """Final states, shape ``(*batch, D)``."""
         return self.blocks[-1].z[-1]
 
     @property
     def logp(self) -> Tensor:
-        """Change of the log-density along the whole solve, -int div v dt, shape (*batch,)."""
+        """Change of the log-density along the whole solve, -int div v dt, shape ``(*batch,)``."""
         parts = [block.logp[-1] for block in self.blocks if block.logp is not None]
         if not parts:
             raise ValueError("this solve left the density out: solve with density=True")
@@ -56,7 +56,7 @@ class FlowSolution:
 
     @property
     def log_prob(self) -> Tensor:
-        """Log-density of the flow at the data end of the solve, in nats, shape (*batch,)."""
+        """Log-density of the flow at the data end of the solve, in nats, shape ``(*batch,)``."""
         if self.reverse:
             return standard_normal_log_prob(self.blocks[0].z[0]) + self.logp
         return standard_normal_log_prob(self.z) - self.logp
@@ -72,7 +72,7 @@ class CNF(nn.Module):
 
     ``flow(context)`` is a ``torch.distributions.Distribution`` with ``log_prob``, ``sample`` and ``rsample``.
     ``flow.train()`` and ``flow.eval()`` choose between the two solvers and divergences, as they choose the
-    behavior of any torch module; :func:`pycnf.fit` leaves a flow in evaluation mode.
+    behavior of any torch module; :func:`~pycnf.training.loop.fit` leaves a flow in evaluation mode.
 
     Args:
         features: Dimension D of the data.
@@ -149,7 +149,7 @@ class CNF(nn.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        """Return the settings that rebuild this flow, ready for JSON: ``CNF(**flow.config)``.
+        """Settings that rebuild this flow by ``CNF(**flow.config)``, ready for JSON.
 
         Raises:
             ValueError: For a flow with fields of the user's own, which no configuration can rebuild.
@@ -171,7 +171,7 @@ class CNF(nn.Module):
         }
 
     def forward(self, context: Tensor | None = None) -> FlowDistribution:
-        """Return the density p(x), or p(x | context) for a context of shape (*batch, C)."""
+        """Return the density p(x), or p(x | context) for a context of shape ``(*batch, C)``."""
         self._check_context(context)
         return FlowDistribution(self, context)
 
@@ -190,8 +190,8 @@ class CNF(nn.Module):
         """Carry states through the flow, from data to base density or, with ``reverse``, back.
 
         Args:
-            x: States at the start, shape (*batch, D).
-            context: Context (C,) or (*batch, C) of a conditional flow.
+            x: States at the start, shape ``(*batch, D)``.
+            context: Context (C,) or ``(*batch, C)`` of a conditional flow.
             times: Interior times in (0, T) at which each block's states are wanted, in increasing order.
             reverse: Solve from T to 0 through the blocks in reverse order (sampling).
             density: Whether to carry the log-density along; False is cheaper.
@@ -210,14 +210,7 @@ class CNF(nn.Module):
         sampled = None if times is None else torch.as_tensor(times, dtype=torch.float64)
         plan = [sampled] * self.blocks
         return self._solve(
-            x,
-            context,
-            plan,
-            reverse=reverse,
-            density=density,
-            solver=solver,
-            divergence=divergence,
-            observer=observer,
+            x, context, plan, reverse=reverse, density=density, solver=solver, divergence=divergence, observer=observer
         )
 
     def _solve(
@@ -245,6 +238,7 @@ class CNF(nn.Module):
                 raise ValueError(
                     f"a context of shape {tuple(context.shape)} does not fit states of shape {tuple(x.shape)}"
                 ) from err
+        norm = _channel_norm(self.features)
         solutions: list[Solution] = []
         for field, inner in zip(self.fields[::-1] if reverse else self.fields, times, strict=True):
             t0, t1 = (self.T, 0.0) if reverse else (0.0, self.T)
@@ -260,14 +254,7 @@ class CNF(nn.Module):
                 dynamics = _state_dynamics(field, context)
             watch = None if observer is None else functools.partial(observer, len(solutions))
             ts, ys, stats = solver.integrate(
-                dynamics,
-                y0,
-                t0,
-                t1,
-                times=inner,
-                norm=_channel_norm(self.features),
-                tensors=tensors,
-                observer=watch,
+                dynamics, y0, t0, t1, times=inner, norm=norm, tensors=tensors, observer=watch
             )
             states = ys[..., : self.features]
             logp = ys[..., self.features].reshape(len(ts), *batch) if density else None
@@ -319,7 +306,7 @@ class FlowDistribution(torch.distributions.Distribution):
 
     Args:
         flow: The flow.
-        context: Context of shape (*batch, C), or None.
+        context: Context of shape ``(*batch, C)``, or None.
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
@@ -332,7 +319,7 @@ class FlowDistribution(torch.distributions.Distribution):
         super().__init__(batch_shape, torch.Size([flow.features]), validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Return log p(value) in nats, shape (*batch,), for values of shape (*batch, D)."""
+        """Return log p(value) in nats, shape ``(*batch,)``, for values of shape ``(*batch, D)``."""
         self.flow.check_states(value)
         try:
             batch = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
@@ -345,11 +332,11 @@ class FlowDistribution(torch.distributions.Distribution):
         return self.flow.solve(value, self.context).log_prob
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Draw samples of shape (*sample_shape, *batch, D), differentiable with respect to the flow."""
+        """Draw samples of shape ``(*sample_shape, *batch, D)``, differentiable with respect to the flow."""
         return self._draw(sample_shape, density=False).z
 
     def rsample_and_log_prob(self, sample_shape: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
-        """Draw samples and their log-densities in one solve, shapes (*sample_shape, *batch, D) and without D."""
+        """Draw samples and their log-densities in one solve, shapes ``(*sample_shape, *batch, D)`` and without D."""
         solution = self._draw(sample_shape, density=True)
         return solution.z, solution.log_prob
 
@@ -426,7 +413,7 @@ def objective(
 
 
 def standard_normal_log_prob(z: Tensor) -> Tensor:
-    """Return log N(z; 0, I) in nats, shape (*batch,), for z of shape (*batch, D)."""
+    """Return log N(z; 0, I) in nats, shape ``(*batch,)``, for z of shape ``(*batch, D)``."""
     return -0.5 * (z.pow(2).sum(-1) + z.shape[-1] * math.log(2 * math.pi))
 
 

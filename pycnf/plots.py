@@ -115,7 +115,7 @@ def compare_figure(rows: Sequence[Mapping[str, Any]], *, title: str | None = Non
     tolerances.
 
     Args:
-        rows: Rows of a :class:`~pycnf.experiments.ComparisonResult`; failed ones are left out.
+        rows: Rows of a :class:`~pycnf.experiments.results.ComparisonResult`; failed ones are left out.
         title: Title; None for one that tells data and tolerance.
 
     Raises:

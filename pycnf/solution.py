@@ -105,8 +105,8 @@ class Solution:
 
     Attributes:
         ts: Times (K,), float64, first the start and last the end of the solve.
-        z: States (K, *batch, D) at these times.
-        logp: Change of the log-density along each trajectory, -int div v dt since the start, (K, *batch);
+        z: States ``(K, *batch, D)`` at these times.
+        logp: Change of the log-density along each trajectory, -int div v dt since the start, ``(K, *batch)``;
             None where the solve did not ask for it.
         stats: What the solve cost; live, so that backward calls show after ``loss.backward()``.
     """

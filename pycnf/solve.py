@@ -1,6 +1,6 @@
 """Solve initial value problems: methods, tolerances, gradient modes, sampled times and exact statistics.
 
-This is the door to the solvers: :mod:`pycnf.wrapped` calls torchdiffeq's, :mod:`pycnf.stepper` takes the same
+This is the door to the solvers: :mod:`pycnf.wrapped` calls torchdiffeq's, ``pycnf.stepper`` takes the same
 adaptive steps faster.
 It integrates any ``dy/dt = func(t, y)`` on a matrix state ``y`` of shape (B, C); what the columns mean is the
 business of :mod:`pycnf.flow`.
@@ -73,7 +73,7 @@ class Solver:
     to a thousand times more accurate.
 
     Args:
-        method: A name in :data:`METHODS`.
+        method: A name in ``METHODS``.
         rtol: Relative tolerance, > 0 (adaptive and SciPy methods).
         atol: Absolute tolerance, in units of the state, > 0 (adaptive and SciPy methods).
         gradient: ``"backprop"`` differentiates through the solver's own steps, whose sizes are held fixed
@@ -86,9 +86,9 @@ class Solver:
             from cubic Hermite interpolation, one extra call each, or with ``"exact"`` from extra grid points.
         max_nfe: Budget of forward calls per solve (per block of a flow); None for no limit. The backward solve
             of the adjoint has the same budget and always raises at its end.
-        on_budget: ``"error"`` raises :class:`SolveError` at the budget, ``"stop"`` returns the last accepted
-            state with ``stats.stopped = True`` and a :class:`SolveWarning`; not with ``gradient="adjoint"``,
-            whose shortened solve would have to be run again.
+        on_budget: ``"error"`` raises :class:`~pycnf.solution.SolveError` at the budget, ``"stop"`` returns the last
+            accepted state with ``stats.stopped = True`` and a :class:`~pycnf.solution.SolveWarning`; not with
+            ``gradient="adjoint"``, whose shortened solve would have to be run again.
         min_step: Smallest step, in units of t: steps this small are accepted whatever their error.
         max_step: Largest step, in units of t.
         first_step: First step, in units of t; None lets the method choose (one extra call).
@@ -97,7 +97,7 @@ class Solver:
         adjoint_norm: ``"seminorm"`` leaves the parameter gradients out of the backward step control (Kidger
             et al. 2021), ``"full"`` keeps them in.
         scipy_method: Method of ``scipy.integrate.solve_ivp`` for ``method="scipy_solver"``.
-        engine: ``"pycnf"`` takes adaptive steps with :mod:`pycnf.stepper`, ``"torchdiffeq"`` with torchdiffeq: the
+        engine: ``"pycnf"`` takes adaptive steps with ``pycnf.stepper``, ``"torchdiffeq"`` with torchdiffeq: the
             same steps to rounding, slower, differentiable more than once. Fixed-step and SciPy methods, and the
             adjoint, are torchdiffeq's in any case.
 

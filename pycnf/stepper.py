@@ -84,7 +84,7 @@ class Attempt:
         h: Its size, in units of t, negative in a solve that runs backwards.
         y0: State at its start.
         y1: State at its end, were it accepted.
-        error: Embedded error estimate over the tolerance, e / (atol + rtol max(|y0|, |y1|)), shaped like y0.
+        error: Embedded error estimate over the tolerance, ``e / (atol + rtol * max(|y0|, |y1|))``, shaped like y0.
         ratio: Norm of ``error``.
         accepted: Whether the solve goes on from ``y1``.
     """
@@ -189,7 +189,7 @@ def tableau(method: str) -> Tableau:
 
 
 def integrate(dynamics: Dynamics, y0: Tensor, ts: Sequence[float], control: StepControl, progress: Progress) -> Tensor:
-    """Integrate from ts[0] to ts[-1] and return the states at ts, shape (K, *y0.shape).
+    """Integrate from ts[0] to ts[-1] and return the states at ts, shape ``(K, *y0.shape)``.
 
     Args:
         dynamics: Right-hand side.

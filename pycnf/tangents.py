@@ -138,12 +138,12 @@ class Slopes:
             gs = [torch.mm(gbelow, constants[0].t()), g * saved[-1], torch.mm(gabove, constants[1].t())]
         for i in range(depth - 1, 0, -1):
             a, h, slope = saved[3 * i : 3 * i + 3]
-            ga = torch.addcmul(gh * slope, gs[i], f.curvature(a, h, slope))
+            ga = f.pull(a, h, slope, gh, gs[i])
             grads.weights[i - 1].addmm_(ga.t(), saved[3 * i - 2])
             grads.offsets.append(ga.sum(0))
             gh = torch.mm(ga, weights[i - 1])
         a, h, slope = saved[:3]
-        return torch.addcmul(gh * slope, gs[0], f.curvature(a, h, slope))
+        return f.pull(a, h, slope, gh, gs[0])
 
 
 class Tangents:
@@ -202,7 +202,7 @@ class Tangents:
         gt = cotangents * gdiv.unsqueeze(1)
         for i in range(len(weights), -1, -1):
             a, h, s, tangents, both = saved[5 * i : 5 * i + 5]
-            ga = torch.addcmul(gh * s, (gt * tangents).sum(0), f.curvature(a, h, s))
+            ga = f.pull(a, h, s, gh, (gt * tangents).sum(0))
             if i == 0:
                 break
             g = torch.empty_like(both)

@@ -120,9 +120,7 @@ def test_description_says_where_a_set_is(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_unknown_name_suggests_similar_ones() -> None:
-    with pytest.raises(
-        DataError, match=r"called 'checkerbord'; did you mean checkerboard\? There are: rings"
-    ):
+    with pytest.raises(DataError, match=r"called 'checkerbord'; did you mean checkerboard\? There are: rings"):
         load("checkerbord")
     with pytest.raises(DataError, match="seed ≥ 0, got -1"):
         load("moons", seed=-1)
@@ -130,9 +128,7 @@ def test_unknown_name_suggests_similar_ones() -> None:
 
 @pytest.mark.parametrize("name", names("benchmark"))
 def test_missing_benchmark_says_how_to_get_it(name: str, tmp_path: Path) -> None:
-    with pytest.raises(
-        DataError, match=f"{name}: found no .* in .*fetch it with: pycnf data fetch {name}, or name"
-    ):
+    with pytest.raises(DataError, match=f"{name}: found no .* in .*fetch it with: pycnf data fetch {name}, or name"):
         load(name, data_dir=tmp_path)
 
 

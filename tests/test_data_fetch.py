@@ -59,9 +59,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
-def publish(
-    server: Server, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes, digest: str = ""
-) -> None:
+def publish(server: Server, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes, digest: str = "") -> None:
     (server.folder / "file").write_bytes(content)
     checksum = f"sha256:{digest or hashlib.sha256(content).hexdigest()}"
     archive = replace(remote.ARCHIVES[name], url=f"{server.url}/file", checksum=checksum)
@@ -129,9 +127,7 @@ def test_fetch_obeys_the_environment(server: Server, folder: Path, monkeypatch: 
 
 def test_wrong_checksum_leaves_nothing(server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     publish(server, monkeypatch, "maf", maf_archive(), digest="0" * 64)
-    with pytest.raises(
-        DataError, match=r"the download of http://127.* failed: its checksum is not sha256:0000"
-    ):
+    with pytest.raises(DataError, match=r"the download of http://127.* failed: its checksum is not sha256:0000"):
         fetch("miniboone", folder, progressbar=False)
     assert files(folder) == []
 
@@ -139,9 +135,7 @@ def test_wrong_checksum_leaves_nothing(server: Server, folder: Path, monkeypatch
 def test_unreachable_host(server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = replace(remote.ARCHIVES["maf"], url="http://127.0.0.1:1/data.tar.gz")
     monkeypatch.setitem(remote.ARCHIVES, "maf", archive)
-    with pytest.raises(
-        DataError, match=r"failed: .*refused.*; check the connection .*maf_data\.tar\.gz and try again"
-    ):
+    with pytest.raises(DataError, match=r"failed: .*refused.*; check the connection .*maf_data\.tar\.gz and try again"):
         fetch("miniboone", folder, progressbar=False)
     assert files(folder) == []
 
@@ -159,9 +153,7 @@ def test_damaged_archive_leaves_no_half_file(
     cut: int, server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(server, monkeypatch, "maf", maf_archive()[:cut])
-    with pytest.raises(
-        DataError, match=r"maf_data\.tar\.gz: the archive is damaged .*delete it and fetch again"
-    ):
+    with pytest.raises(DataError, match=r"maf_data\.tar\.gz: the archive is damaged .*delete it and fetch again"):
         fetch("gas", folder, progressbar=False)
     assert files(folder) == ["maf_data.tar.gz"]
 

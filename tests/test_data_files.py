@@ -70,9 +70,7 @@ def test_divided_npz_keeps_its_division(key: str, tmp_path: Path, x: np.ndarray)
     np.savez(tmp_path / "d.npz", train=x[:100], test=x[150:], **{key: x[100:150]})
     data = load(tmp_path / "d.npz")
     np.testing.assert_allclose(data.restore(data.train.double()).numpy(), x[:100], rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(
-        data.restore(data.validation.double()).numpy(), x[100:150], rtol=1e-5, atol=1e-5
-    )
+    np.testing.assert_allclose(data.restore(data.validation.double()).numpy(), x[100:150], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(data.shift.numpy(), x[:100].mean(axis=0))
 
 
@@ -165,9 +163,7 @@ def test_text_in_a_column(suffix: str, tmp_path: Path, x: np.ndarray) -> None:
     else:
         pytest.importorskip("pyarrow")
         frame.to_parquet(path)
-    expected = (
-        r"'b' holds text in 1 of 200 rows \(row 8: 'abc'\), 'c' holds text in every row \(row 1: 'Paris'\)"
-    )
+    expected = r"'b' holds text in 1 of 200 rows \(row 8: 'abc'\), 'c' holds text in every row \(row 1: 'Paris'\)"
     with pytest.raises(DataError, match=f"every column must hold numbers, but {expected}; repair"):
         load(path)
 

@@ -141,9 +141,7 @@ def test_refuses_to_call_anything(call: Any, protocol: int, tmp_path: Path) -> N
     argument = f"__import__('os').mkdir({str(target)!r})" if call is eval else str(target)
     path = tmp_path / "hostile.pickle"
     path.write_bytes(pickle.dumps(Hostile(call, argument), protocol))
-    with pytest.raises(
-        DataError, match=r"hostile\.pickle: (not a pickled table, or damaged: it names|a pickle, but)"
-    ):
+    with pytest.raises(DataError, match=r"hostile\.pickle: (not a pickled table, or damaged: it names|a pickle, but)"):
         read_frame_pickle(path)
     assert not target.exists()
 

@@ -96,9 +96,7 @@ def test_power_formats_agree(tmp_path: Path, rng: np.random.Generator) -> None:
         time = f"{int(minute) // 60:02d}:{int(minute) % 60:02d}:00"
         lines.append(";".join(["16/12/2006", time, *(f"{value:.3f}" for value in measured)]))
     (tmp_path / "b" / "power").mkdir(parents=True)
-    (tmp_path / "b" / "power" / "household_power_consumption.txt").write_text(
-        "\n".join(lines), encoding="ascii"
-    )
+    (tmp_path / "b" / "power" / "household_power_consumption.txt").write_text("\n".join(lines), encoding="ascii")
     units = np.array([1e3, 1e3, 1e2, 1e1, 1, 1, 1, 1])
     columns = (x * units).round().astype(np.int16).T[[7, 0, 1, 2, 3, 4, 5, 6]]
     (tmp_path / "c").mkdir()
@@ -163,9 +161,7 @@ def hepmass_files(folder: Path, rng: np.random.Generator) -> tuple[pd.DataFrame,
         x = rng.standard_normal((n, 4))
         x[::3, 1] = x[:, 1].min()  # the smallest value repeats: the feature goes
         x[::3, 2] = 0.5  # another value repeats: the feature stays
-        return pd.DataFrame(
-            {"# label": rng.integers(0, 2, n).astype(float), **{f"f{j}": x[:, j] for j in range(4)}}
-        )
+        return pd.DataFrame({"# label": rng.integers(0, 2, n).astype(float), **{f"f{j}": x[:, j] for j in range(4)}})
 
     train, test = frame(400), frame(200)
     (folder / "hepmass").mkdir()
@@ -193,9 +189,7 @@ def test_hepmass_refuses_other_columns(tmp_path: Path, rng: np.random.Generator)
         load("hepmass", data_dir=tmp_path)
 
 
-def bsds_file(
-    folder: Path, features: int = 63, keys: tuple[str, ...] = ("train", "validation", "test")
-) -> None:
+def bsds_file(folder: Path, features: int = 63, keys: tuple[str, ...] = ("train", "validation", "test")) -> None:
     (folder / "BSDS300").mkdir()
     with h5py.File(folder / "BSDS300" / "BSDS300.hdf5", "w") as file:
         for j, key in enumerate(keys):
@@ -252,9 +246,7 @@ def test_damaged_values_are_refused(tmp_path: Path, rng: np.random.Generator) ->
     x = rng.standard_normal((1000, 43))
     x[3, 7] = np.nan
     save(tmp_path / "miniboone" / "data.npy", x)
-    with pytest.raises(
-        DataError, match=r"miniboone \(train\): 1 of 810 rows hold NaN or infinity, in columns 'x7'"
-    ):
+    with pytest.raises(DataError, match=r"miniboone \(train\): 1 of 810 rows hold NaN or infinity, in columns 'x7'"):
         load("miniboone", data_dir=tmp_path)
 
 

@@ -133,9 +133,7 @@ def test_imports_go_down(name: str) -> None:
         other = room(imported)
         if other == own:
             continue
-        assert other != "pycnf" or own in ("cli", "__main__"), (
-            f"{name} imports the package itself: name the module"
-        )
+        assert other != "pycnf" or own in ("cli", "__main__"), f"{name} imports the package itself: name the module"
         assert own not in INDEPENDENT, f"{name} stands alone, but imports {imported}"
         if other in FLOORS:
             assert FLOORS[other] <= FLOORS[own], f"{name} imports {imported}, which stands above it"
@@ -156,9 +154,7 @@ def pyproject() -> dict[str, object]:
 def test_versions_agree() -> None:
     version = pyproject()["version"]
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    entries = re.findall(
-        r"^## \[([^\]]+)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE
-    )
+    entries = re.findall(r"^## \[([^\]]+)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert str(citation["version"]) == version
     assert entries[0] == version
 
@@ -190,12 +186,8 @@ def test_every_page_of_the_book_is_in_its_contents() -> None:
         part = parts.pop()
         listed |= {part["file"]} if "file" in part else set()
         parts += [child for key in ("parts", "chapters", "sections") for child in part.get(key, [])]
-    pages = {
-        path.relative_to(ROOT / "book").with_suffix("").as_posix() for path in (ROOT / "book").rglob("*.md")
-    }
-    assert {
-        Path(name).with_suffix("").as_posix() if name.endswith(".md") else name for name in listed
-    } == pages
+    pages = {path.relative_to(ROOT / "book").with_suffix("").as_posix() for path in (ROOT / "book").rglob("*.md")}
+    assert {Path(name).with_suffix("").as_posix() if name.endswith(".md") else name for name in listed} == pages
 
 
 def readme_blocks(language: str) -> list[str]:
@@ -211,12 +203,25 @@ def test_readme_python_compiles() -> None:
         compile(block, "README.md", "exec")
 
 
+def test_readme_tables_are_those_of_the_records() -> None:
+    call = [sys.executable, "benchmarks/tables.py", "--check"]
+    done = subprocess.run(call, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_readme_python_runs(tmp_path: Path) -> None:
+    code = "\n".join(readme_blocks("python"))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_readme_commands_exist() -> None:
     lines = [
         line.strip().removeprefix("$ ")
         for block in readme_blocks("(?:bash|console|shell|sh)")
         for line in block.replace("\\\n", " ").splitlines()
     ]
+    lines = [line.removeprefix(".venv/bin/") for line in lines]
     commands = [shlex.split(line, comments=True) for line in lines if line.startswith("pycnf ")]
     assert commands, "the README shows no pycnf command"
     environment = os.environ | {"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}
@@ -227,6 +232,4 @@ def test_readme_commands_exist() -> None:
         done = subprocess.run(call, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
         assert done.returncode == 0, f"pycnf {' '.join(names)}: {done.stderr}"
         for option in (word.partition("=")[0] for word in arguments if word.startswith("--")):
-            assert re.search(rf"{re.escape(option)}\b", done.stdout), (
-                f"pycnf {' '.join(names)} has no {option}"
-            )
+            assert re.search(rf"{re.escape(option)}\b", done.stdout), f"pycnf {' '.join(names)} has no {option}"

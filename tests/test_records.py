@@ -123,9 +123,7 @@ def test_full_disk_leaves_the_earlier_file(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(records, "_write", half)
-    with pytest.raises(
-        OSError, match=r"could not write .*a\.json: No space .*; the earlier file is kept"
-    ) as caught:
+    with pytest.raises(OSError, match=r"could not write .*a\.json: No space .*; the earlier file is kept") as caught:
         records.write_json(path, {"step": 2})
     assert caught.value.errno == errno.ENOSPC
     assert records.read_json(path) == {"step": 1}

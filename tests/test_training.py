@@ -104,9 +104,7 @@ def test_training_improves_the_held_out_nll_and_approaches_the_truth() -> None:
 def test_the_best_weights_come_back() -> None:
     held_out = gaussian(64, seed=1)
     flow = small_flow()
-    result = fit(
-        flow, gaussian(256), held_out, max_steps=12, validate_every=3, lr=0.3, schedule="constant", **QUICK
-    )
+    result = fit(flow, gaussian(256), held_out, max_steps=12, validate_every=3, lr=0.3, schedule="constant", **QUICK)
     nlls = {row["step"]: row["nll"] for row in result.rows("validation")}
     assert list(nlls) == [3, 6, 9, 12]
     assert result.nll == min(nlls.values())
@@ -140,9 +138,7 @@ def test_logged_evaluations_equal_the_calls_of_the_users_own_field(gradient: str
 
 
 def test_history_has_every_step_and_the_penalties_are_unweighted() -> None:
-    result = fit(
-        small_flow(), gaussian(64), regularizers=[TPR(weight=5.0), TPR(weight=2.0)], max_steps=4, **QUICK
-    )
+    result = fit(small_flow(), gaussian(64), regularizers=[TPR(weight=5.0), TPR(weight=2.0)], max_steps=4, **QUICK)
     rows = result.rows("train")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     for row in rows:
@@ -160,9 +156,7 @@ def test_plateau_drops_the_rate_twice_then_stops() -> None:
     for p in start.parameters():
         nn.init.zeros_(p)  # the identity, the best flow for these data: nothing to gain
     same = torch.tensor([[1.0, -1.0]] * 32)
-    result = fit(
-        flow, same, same * 0, max_steps=100, validate_every=2, patience=3, lr_drops=2, lr=1e-6, **QUICK
-    )
+    result = fit(flow, same, same * 0, max_steps=100, validate_every=2, patience=3, lr_drops=2, lr=1e-6, **QUICK)
     rates = [row["lr"] for row in result.rows("train")]
     assert result.stopped == "plateau"
     # the first validation sets the best value; then patience validations before each drop and before the stop
@@ -202,9 +196,7 @@ def test_conditional_flow() -> None:
     context = torch.linspace(-1, 1, 96)[:, None]
     x = gaussian(96) + 3 * context
     flow = small_flow(context=1)
-    result = fit(
-        flow, x, x, train_context=context, validation_context=context, max_steps=30, lr=3e-2, **QUICK
-    )
+    result = fit(flow, x, x, train_context=context, validation_context=context, max_steps=30, lr=3e-2, **QUICK)
     assert result.nll is not None
     shuffled = evaluate(flow, x, context.flip(0)).nll
     assert evaluate(flow, x, context).nll < shuffled - 0.1
@@ -324,9 +316,7 @@ def test_resume_is_exact(tmp_path: Path, first: int) -> None:
 @pytest.mark.parametrize("before", [False, True])
 def test_resume_after_an_interrupt_is_exact(tmp_path: Path, schedule: str, before: bool) -> None:
     _, expected = run(tmp_path / "straight", 12, schedule=schedule)
-    with pytest.raises(
-        TrainingInterrupted, match=r"after step (6|7); go on from step \d .*resume=True"
-    ) as caught:
+    with pytest.raises(TrainingInterrupted, match=r"after step (6|7); go on from step \d .*resume=True") as caught:
         run(tmp_path / "broken", 12, schedule=schedule, callbacks=[At(7, interrupt, before=before)])
     assert caught.value.result.interrupted
     assert read_json(tmp_path / "broken" / "record.json")["status"] == "interrupted"
@@ -409,9 +399,7 @@ def test_run_folder_says_everything_about_itself(tmp_path: Path, monkeypatch: py
 def test_a_folder_with_a_run_is_not_overwritten_by_accident(tmp_path: Path) -> None:
     run(tmp_path, 4)
     before = (tmp_path / "model.safetensors").read_bytes()
-    with pytest.raises(
-        ValueError, match=r"already holds a run \(status: finished\).*resume=True.*overwrite=True"
-    ):
+    with pytest.raises(ValueError, match=r"already holds a run \(status: finished\).*resume=True.*overwrite=True"):
         run(tmp_path, 4, seed=1)
     assert (tmp_path / "model.safetensors").read_bytes() == before
     _, result = run(tmp_path, 4, seed=1, overwrite=True)
@@ -429,9 +417,7 @@ def test_a_folder_with_a_run_is_not_overwritten_by_accident(tmp_path: Path) -> N
         ({"overwrite": True}, "resume and overwrite exclude each other"),
     ],
 )
-def test_resume_with_other_settings_is_refused(
-    tmp_path: Path, settings: dict[str, Any], message: str
-) -> None:
+def test_resume_with_other_settings_is_refused(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
     run(tmp_path, 6)
     config = (tmp_path / "config.json").read_bytes()
     with pytest.raises(ValueError, match=message):
@@ -505,9 +491,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights() -> None
                 p.mul_(0).add_(1e30)
 
     with pytest.raises(TrainingError, match="training failed in step 3"):
-        fit(
-            flow, gaussian(64), gaussian(32), max_steps=9, validate_every=1, callbacks=[At(2, spoil)], **QUICK
-        )
+        fit(flow, gaussian(64), gaussian(32), max_steps=9, validate_every=1, callbacks=[At(2, spoil)], **QUICK)
     assert evaluate(flow, gaussian(32)).nll < 10  # the best weights are back
 
 
@@ -532,9 +516,7 @@ def test_interrupt_before_the_first_step(tmp_path: Path) -> None:
     run(tmp_path, 4, overwrite=True)
 
 
-def test_interrupt_in_a_validation_repeats_it_on_resuming(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupt_in_a_validation_repeats_it_on_resuming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(tmp_path / "straight", 12)
     whole = keeper.evaluate_rows
 
@@ -552,9 +534,7 @@ def test_interrupt_in_a_validation_repeats_it_on_resuming(
     assert_same_state(last_state(tmp_path / "straight"), last_state(tmp_path / "broken"))
 
 
-def test_full_disk_at_a_checkpoint_keeps_the_earlier_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk_at_a_checkpoint_keeps_the_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = records._write
 
     def fill(_: Any) -> None:

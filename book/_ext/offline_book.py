@@ -12,9 +12,7 @@ from sphinx.application import Sphinx
 from sphinx.errors import ExtensionError
 
 # Scripts, styles, images and frames that a browser would fetch from elsewhere; links are none of them.
-FETCHED = re.compile(
-    r"""<(?:script|link|img|iframe|source|video)\b[^>]*?\s(?:src|href)=["'](?:https?:)?//[^"']+"""
-)
+FETCHED = re.compile(r"""<(?:script|link|img|iframe|source|video)\b[^>]*?\s(?:src|href)=["'](?:https?:)?//[^"']+""")
 # MathJax's other ready-made combinations. The book uses tex-chtml.js and the parts that it may load later.
 UNUSED = ("tex-chtml-*", "tex-mml-*", "tex-svg*", "mml-*", "latest.js", "node-main.js")
 

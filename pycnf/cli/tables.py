@@ -54,7 +54,10 @@ def comparison_table(result: ComparisonResult, tolerance: str, *, narrow: bool =
         table.add_row(
             line["arm"] + failed,
             write_cell(line["nll"], 4, between=between, below="\n"),
-            *(write_cell(line[name], 1, between=between, below="\n") for name in ("nfe_train", "nfe_backward", "nfe_test")),
+            *(
+                write_cell(line[name], 1, between=between, below="\n")
+                for name in ("nfe_train", "nfe_backward", "nfe_test")
+            ),
             *(write_cell(line[name], 1, between=between, change=False) for name in ("accepted", "rejected")),
             write_cell(line["seconds"], 1, between=between, below="\n"),
         )

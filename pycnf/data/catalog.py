@@ -94,8 +94,7 @@ def _one(file: str, read: Reader) -> Layout:
 
 
 _TOYS = [
-    Entry(name, "toy", 2, sum(SIZES), summary, "none needed", "drawn with NumPy")
-    for name, (_, summary) in TOYS.items()
+    Entry(name, "toy", 2, sum(SIZES), summary, "none needed", "drawn with NumPy") for name, (_, summary) in TOYS.items()
 ]
 _TABLES = [
     Entry(
@@ -306,9 +305,7 @@ def data_folders(data_dir: str | os.PathLike[str] | None = None) -> tuple[Path, 
     return (Path(named).expanduser(), cache) if named else (cache,)
 
 
-def find_files(
-    entry: Entry, data_dir: str | os.PathLike[str] | None = None
-) -> tuple[Layout, tuple[Path, ...]] | None:
+def find_files(entry: Entry, data_dir: str | os.PathLike[str] | None = None) -> tuple[Layout, tuple[Path, ...]] | None:
     """Find the files of a set, in a data folder or in its subfolder `data` (where MAF's archive puts them).
 
     Returns:

@@ -71,10 +71,10 @@ class Dataset:
         """Return standardized rows to the original units, x · scale + shift.
 
         Args:
-            x: Standardized rows, shape (*, D).
+            x: Standardized rows, shape ``(*, D)``.
 
         Returns:
-            Rows in original units, shape (*, D), in the type and on the device of x.
+            Rows in original units, shape ``(*, D)``, in the type and on the device of x.
         """
         return x * self.scale.to(x) + self.shift.to(x)
 
@@ -88,7 +88,7 @@ class Splits:
     """Hold the three parts of a table in original units, and the policy that standardizes them.
 
     Attributes:
-        parts: Training, validation and test rows, shape (*, D) each.
+        parts: Training, validation and test rows, shape ``(*, D)`` each.
         columns: The D column names.
         statistics: Rows that give the mean and the standard deviation.
         ddof: 0 divides the sum of squares by the number n of rows, 1 by n - 1.

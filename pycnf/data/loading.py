@@ -61,21 +61,15 @@ def _load_entry(entry: Entry, data_dir: str | os.PathLike[str] | None, seed: int
     if found is None:
         raise DataError(_not_found(entry, data_dir))
     layout, paths = found
-    return layout.read(paths, seed).finish(
-        entry.name, f"{entry.source} (read from {' and '.join(layout.files)})"
-    )
+    return layout.read(paths, seed).finish(entry.name, f"{entry.source} (read from {' and '.join(layout.files)})")
 
 
 def _not_found(entry: Entry, data_dir: str | os.PathLike[str] | None) -> str:
     """Say where the files of a set were looked for and how to get them."""
     files = " or ".join(" and ".join(layout.files) for layout in entry.layouts)
-    folders = [
-        f"{folder}{'' if folder.is_dir() else ' (no such folder)'}" for folder in data_folders(data_dir)
-    ]
+    folders = [f"{folder}{'' if folder.is_dir() else ' (no such folder)'}" for folder in data_folders(data_dir)]
     get = (
-        f"fetch it with: pycnf data fetch {entry.name}"
-        if entry.archive is not None
-        else f"get it from {entry.source}"
+        f"fetch it with: pycnf data fetch {entry.name}" if entry.archive is not None else f"get it from {entry.source}"
     )
     elsewhere = "or name a folder that has it by data_dir or the environment variable PYCNF_DATA"
     return f"{entry.name}: found no {files} in {' or '.join(folders)}; {get}, {elsewhere}"

@@ -67,9 +67,7 @@ ARCHIVES: dict[str, Archive] = {
 """The archives by name."""
 
 
-def fetch(
-    name: str, data_dir: str | os.PathLike[str] | None = None, progressbar: bool = True
-) -> tuple[Path, ...]:
+def fetch(name: str, data_dir: str | os.PathLike[str] | None = None, progressbar: bool = True) -> tuple[Path, ...]:
     """Download a set and put its files where `load` finds them.
 
     The archive is checked against its checksum and stays in the folder, so that a further set of the same

@@ -283,7 +283,5 @@ def read_bsds300_patches(paths: Paths, seed: int) -> Splits:
         return (x - x.mean(axis=1, keepdims=True))[:, :63]
 
     parts = (read_part("train"), read_part("val"), read_part("test"))
-    notes = (
-        "other random patches of the same images than MAF's, same preparation; non-commercial research only"
-    )
+    notes = "other random patches of the same images than MAF's, same preparation; non-commercial research only"
     return Splits(parts, default_columns(63), statistics="none", notes=notes)

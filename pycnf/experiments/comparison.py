@@ -53,8 +53,8 @@ def compare(
     others go on.
 
     Args:
-        data: Name or path of a data set (see :func:`pycnf.data.load`), or the set itself.
-        regularizers: The arms, see :func:`~pycnf.experiments.parse_arms`; the first is the reference.
+        data: Name or path of a data set (see :func:`~pycnf.data.loading.load`), or the set itself.
+        regularizers: The arms, see :func:`~pycnf.experiments.arms.parse_arms`; the first is the reference.
         seeds: A number N for 0 ... N-1, or the seeds.
         output: Folder for records and runs; None keeps nothing.
         data_dir: Folder with the files of the benchmark tables.
@@ -64,10 +64,10 @@ def compare(
         overwrite: Make all runs again.
         progress: Report on stderr.
         command: Command to record; None for that of this process.
-        **settings: Settings of :class:`~pycnf.experiments.Setup` that replace those of the data's preset.
+        **settings: Settings of :class:`~pycnf.experiments.setup.Setup` that replace those of the data's preset.
 
     Returns:
-        Rows and statistics (:class:`ComparisonResult`).
+        Rows and statistics (:class:`~pycnf.experiments.results.ComparisonResult`).
 
     Raises:
         ValueError: Data, arms, seeds or settings are not usable; nothing was run.

@@ -51,7 +51,7 @@ def train_and_test(
         seed: Seed of the initial weights and of everything random in training.
         setup: Model, solvers and training.
         label: Name of the arm; None for the regularizers.
-        folder: Run folder, see :func:`pycnf.fit`.
+        folder: Run folder, see :func:`~pycnf.training.loop.fit`.
         resume: Go on with the run in the folder.
         overwrite: Delete the run in the folder and start anew.
         progress: Show a progress bar; a string is its label.

@@ -120,7 +120,7 @@ class Setup:
             )
 
     def training(self) -> dict[str, Any]:
-        """Return the options of :func:`pycnf.fit` that are set here, without the device."""
+        """Return the options of :func:`~pycnf.training.loop.fit` that are set here, without the device."""
         shared = (
             *("max_steps", "batch_size", "lr", "weight_decay", "optimizer", "schedule", "validate_every"),
             "clip",

@@ -24,7 +24,7 @@ class TPR(Regularizer):
     With the states Z at K = n + 2 times tau = T {0, u_1 <= ... <= u_n, 1}, the matrix G of the polynomials of
     degree <= p at tau and the projection R = I - Q Q^T, Q an orthonormal basis of the columns of G,
 
-        L_p = |R Z|^2 / (K B),
+        L_p = ‖R Z‖² / (K B),
 
     summed over dimensions and blocks, averaged over the batch of B. The states come from the solver's dense
     output: no evaluation of the field is added to the forward solve. L_p = 0 exactly when every trajectory
@@ -104,7 +104,7 @@ class TPR(Regularizer):
         """Return L_p of one block, a scalar (see :class:`TPR`).
 
         Args:
-            solution: Solve with z of shape (K, *batch, D) and, for the log-density channel, logp (K, *batch).
+            solution: Solve with z of shape ``(K, *batch, D)`` and, for the log-density channel, logp ``(K, *batch)``.
         """
         total = torch.zeros((), dtype=solution.z.dtype, device=solution.z.device)
         if self.channels != "logp":
@@ -118,11 +118,11 @@ class TPR(Regularizer):
 
 
 def polynomial_residual(ts: Tensor, y: Tensor, degree: int) -> Tensor:
-    r"""Return |R Y|^2 / (K B), the mean squared distance of trajectories from their regression.
+    r"""Return ‖R Y‖² / (K B), the mean squared distance of trajectories from their regression.
 
     Args:
         ts: Times (K,).
-        y: States (K, *batch, C).
+        y: States ``(K, *batch, C)``.
         degree: Degree p of the regression; 0 is returned where K <= p + 1.
 
     Returns:

@@ -74,14 +74,10 @@ def check_context(name: str, context: Any, rows: int, width: int, dtype: torch.d
     """
     if width == 0:
         if context is not None:
-            raise ValueError(
-                f"{name} was given, but the flow has no context: make it with CNF(..., context=...)"
-            )
+            raise ValueError(f"{name} was given, but the flow has no context: make it with CNF(..., context=...)")
         return None
     if context is None:
-        raise ValueError(
-            f"the flow has context={width}: expected {name} of shape ({rows}, {width}), got None"
-        )
+        raise ValueError(f"the flow has context={width}: expected {name} of shape ({rows}, {width}), got None")
     checked = check_rows(name, context, width, dtype)
     if len(checked) != rows:
         raise ValueError(f"expected {name} of shape ({rows}, {width}), got {tuple(checked.shape)}")

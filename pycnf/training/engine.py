@@ -50,23 +50,17 @@ class FlowModule(LightningModule):
         if not torch.isfinite(self.result.loss):
             parts = {"nll": self.result.nll, **self.result.penalties}
             values = ", ".join(f"{name} = {value.item():.6g}" for name, value in parts.items())
-            raise NonFiniteLoss(
-                f"the loss is not finite ({values}). Try: a smaller lr, gradient clipping (clip=1.0)"
-            )
+            raise NonFiniteLoss(f"the loss is not finite ({values}). Try: a smaller lr, gradient clipping (clip=1.0)")
         return self.result.loss
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer, with a cosine schedule where asked for."""
         options = self.options
         parameters = [p for p in self.flow.parameters() if p.requires_grad]
-        optimizer = OPTIMIZERS[options.optimizer](
-            parameters, lr=options.lr, weight_decay=options.weight_decay
-        )
+        optimizer = OPTIMIZERS[options.optimizer](parameters, lr=options.lr, weight_decay=options.weight_decay)
         if options.schedule != "cosine":
             return optimizer
-        cosine = LambdaLR(
-            optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(step / options.max_steps, 1.0)))
-        )
+        cosine = LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(step / options.max_steps, 1.0))))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cosine, "interval": "step"}}
 
 
@@ -93,9 +87,7 @@ class Recorder(Callback):
             self._bar = _ProgressBar(self._bar_label, step, int(trainer.max_steps))
         self._began = time.perf_counter()
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Note the learning rate of the step, which a schedule changes before its end."""
         self.lr = trainer.optimizers[0].param_groups[0]["lr"]
 

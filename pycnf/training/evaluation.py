@@ -67,7 +67,7 @@ def evaluate(
 
     Raises:
         ValueError: The data do not fit the flow, or hold NaN or infinity.
-        pycnf.solve.SolveError: A solve failed.
+        pycnf.solution.SolveError: A solve failed.
     """
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"expected an integer batch_size >= 1, got {batch_size!r}")

@@ -118,9 +118,7 @@ def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
     """Write tensors as safetensors, atomically."""
     from safetensors.torch import save
 
-    write_bytes(
-        path, save({name: tensor.detach().cpu().clone().contiguous() for name, tensor in weights.items()})
-    )
+    write_bytes(path, save({name: tensor.detach().cpu().clone().contiguous() for name, tensor in weights.items()}))
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -229,11 +227,7 @@ class RunFolder:
         if not path.exists():
             return []
         with path.open(newline="", encoding="utf-8") as file:
-            raw = [
-                row
-                for row in csv.DictReader(file)
-                if None not in row.values() and (row["step"] or "").isdigit()
-            ]
+            raw = [row for row in csv.DictReader(file) if None not in row.values() and (row["step"] or "").isdigit()]
         last = {"train": trained, "validation": validated}
         kept = [row for row in raw if int(row["step"]) <= last.get(row["split"], -1)]
         rows = [{name: _parse(name, text) for name, text in row.items() if text != ""} for row in kept]

@@ -74,9 +74,7 @@ class Keeper(Callback):
             self._validate(trainer)
         self.recorder.restart_clock()
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Enter a step."""
         self.in_step = True
 
@@ -109,15 +107,11 @@ class Keeper(Callback):
         seed_all(self.options.seed, self.step, stream=3, device=device)
         result = evaluate_rows(self.flow, self.validation, batch_size=size)
         if not math.isfinite(result.nll):
-            raise NonFiniteLoss(
-                f"the held-out NLL is {result.nll}. Try: a smaller lr, gradient clipping (clip=1.0)"
-            )
+            raise NonFiniteLoss(f"the held-out NLL is {result.nll}. Try: a smaller lr, gradient clipping (clip=1.0)")
         self.recorder.add_validation(self.step, lr, result)
         if result.nll < self.best_nll:
             self.best_nll, self.best_step = result.nll, self.step
-            self.best = {
-                name: tensor.detach().cpu().clone() for name, tensor in self.flow.state_dict().items()
-            }
+            self.best = {name: tensor.detach().cpu().clone() for name, tensor in self.flow.state_dict().items()}
             if self.folder is not None:
                 write_weights(self.folder.path / WEIGHTS, self.best)
         return result.nll

@@ -47,12 +47,13 @@ def fit(
 
     The flow is trained in place. It comes back with the weights of the lowest held-out NLL (the last ones
     without validation data), in evaluation mode, on the device where it was. The global random generators are
-    left as they were. The options are explained in :class:`TrainingOptions`.
+    left as they were. The options are explained in :class:`~pycnf.training.options.TrainingOptions`.
 
     With ``output`` the run keeps a folder: ``config.json`` (what was asked for), ``metrics.csv`` and
-    ``tensorboard/`` (curves), ``model.safetensors`` (best weights, see :func:`load_flow`), ``last.ckpt`` (the
-    state to resume from), ``record.json`` (what it came to, when, where, with which versions). A resumed run
-    continues exactly: on the same machine its weights equal, bit by bit, those of a run never stopped.
+    ``tensorboard/`` (curves), ``model.safetensors`` (best weights, see
+    :func:`~pycnf.training.folder.load_flow`), ``last.ckpt`` (the state to resume from), ``record.json`` (what it
+    came to, when, where, with which versions). A resumed run continues exactly: on the same machine its weights
+    equal, bit by bit, those of a run never stopped.
 
     On the first Ctrl-C the step in progress is finished and the state saved; a second one stops at once.
 
@@ -86,7 +87,7 @@ def fit(
         callbacks: Further Lightning callbacks.
 
     Returns:
-        The result (:class:`FitResult`).
+        The result (:class:`~pycnf.training.results.FitResult`).
 
     Raises:
         ValueError: Data, options or folder are not usable; nothing was touched.
@@ -139,9 +140,7 @@ def fit(
 
     from pycnf.training.run import Run  # brings Lightning along, which takes seconds to import
 
-    run = Run(
-        flow, rows, held_out, terms, options, where, folder, label if progress else None, tuple(callbacks)
-    )
+    run = Run(flow, rows, held_out, terms, options, where, folder, label if progress else None, tuple(callbacks))
     return run.execute(data_name)
 
 
@@ -159,9 +158,7 @@ def _resolve(options: TrainingOptions, rows: int, validated: bool) -> TrainingOp
             f"batch_size {options.batch_size} is larger than the {rows} training rows: choose at most {rows}"
         )
     if options.schedule == "plateau" and not validated:
-        raise ValueError(
-            "schedule 'plateau' needs validation data: pass them, or choose 'cosine' or 'constant'"
-        )
+        raise ValueError("schedule 'plateau' needs validation data: pass them, or choose 'cosine' or 'constant'")
     if options.schedule == "auto":
         return replace(options, schedule="plateau" if validated else "cosine")
     return options

@@ -26,7 +26,7 @@ class TrainingInterrupted(KeyboardInterrupt):
     """Report a run that was interrupted (Ctrl-C) and left in order.
 
     Attributes:
-        result: What the run came to, as :func:`pycnf.fit` would have returned it.
+        result: What the run came to, as :func:`~pycnf.training.loop.fit` would have returned it.
     """
 
     def __init__(self, message: str, result: FitResult) -> None:

@@ -69,9 +69,7 @@ class Run:
             self.recorder.history = folder.read_metrics(self.start, self.keeper.validated)
 
     def _restore(self, checkpoint: Row) -> None:
-        weights = {
-            k.removeprefix("flow."): v for k, v in checkpoint["state_dict"].items() if k.startswith("flow.")
-        }
+        weights = {k.removeprefix("flow."): v for k, v in checkpoint["state_dict"].items() if k.startswith("flow.")}
         try:
             self.flow.load_state_dict(weights)
         except RuntimeError as err:
@@ -166,9 +164,7 @@ class Run:
         message = f"training failed in {task} {step}: {error}"
         if self.folder is not None and self.keeper.saved >= 0:
             message += f" The checkpoint of step {self.keeper.saved} is kept in {self.folder.path}."
-        raise TrainingError(
-            message, step=step, folder=None if self.folder is None else self.folder.path
-        ) from error
+        raise TrainingError(message, step=step, folder=None if self.folder is None else self.folder.path) from error
 
     def _interrupted_message(self) -> str:
         message = f"training was interrupted after step {self.keeper.step}"
@@ -196,9 +192,7 @@ class Run:
             folder=None if self.folder is None else self.folder.path,
         )
 
-    def _record(
-        self, data_name: str | None, status: str, result: FitResult | None = None, **more: Any
-    ) -> None:
+    def _record(self, data_name: str | None, status: str, result: FitResult | None = None, **more: Any) -> None:
         if self.folder is None:
             return
         solver = self.flow.solver
