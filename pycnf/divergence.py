@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pycnf.fields import MLP
+from pycnf.stepper import check_closure
 from pycnf.tangents import OnePass
 
 
@@ -184,6 +185,7 @@ class _Reverse:
 
     def __init__(self, field: nn.Module, context: Tensor | None, probes: Tensor | None) -> None:
         self.field, self.context, self.probes = field, context, probes
+        self.unchecked = torch.is_grad_enabled()
         self.tensors = _closed_over(field, context)
 
     def __call__(self, t: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,6 +194,9 @@ class _Reverse:
         with torch.enable_grad():
             z = z if z.requires_grad else z.detach().requires_grad_()
             v = call_field(self.field, t, z, self.context)
+            if self.unchecked and not wanted:
+                check_closure(v, [z])
+            self.unchecked = False
             div = torch.zeros_like(z[:, 0])
             probes = torch.eye(z.shape[1]).to(z).unsqueeze(1) if self.probes is None else self.probes
             for probe in probes if v.requires_grad else ():

@@ -458,9 +458,11 @@ def _channel_norm(features: int) -> Callable[[Tensor], Tensor]:
     """Return the step control's norm: the larger root mean square of the state and of the log-density."""
 
     def norm(y: Tensor) -> Tensor:
-        y = y.reshape(-1, features + 1) if y.shape[-1] != features else y
-        squares = y.pow(2).mean(0)
-        return torch.maximum(squares[:features].mean(), squares[features:].sum()).sqrt()
+        if y.shape[-1] == features:
+            return torch.linalg.vector_norm(y) / math.sqrt(y.numel())
+        y = y.reshape(-1, features + 1)
+        z = torch.linalg.vector_norm(y[:, :features]) / math.sqrt(len(y) * features)
+        return torch.maximum(z, torch.linalg.vector_norm(y[:, features]) / math.sqrt(len(y)))
 
     return norm
 

@@ -126,7 +126,8 @@ def compare_figure(rows: Sequence[Mapping[str, Any]], *, title: str | None = Non
         raise ValueError("there is nothing to draw: no run is finished")
     arms = list(dict.fromkeys(row["arm"] for row in rows))
     swept = any(row["tolerances"] for row in finished)
-    with house_figure(3 if swept else 2, title or _compare_title(finished)) as (figure, panels):
+    count = 3 if swept else 2
+    with house_figure(count, title or _compare_title(finished), width=3.1 * count) as (figure, panels):
         for i, arm in enumerate(arms):
             own = [row for row in finished if row["arm"] == arm]
             if own:

@@ -409,11 +409,35 @@ class _Integrate(torch.autograd.Function):
         return None, None, None, None, gy, *grads
 
 
+def check_closure(value: Tensor, known: Sequence[Tensor]) -> None:
+    """Refuse a right-hand side that depends on tensors whose gradients would be lost.
+
+    Raises:
+        ValueError: When its graph ends in a tensor that wants a gradient and is not among those known.
+    """
+    leaves = {id(tensor) for tensor in known}
+    inner = {tensor.grad_fn for tensor in known}
+    waiting, seen = [value.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen or node in inner:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) not in leaves:
+            raise ValueError(
+                f"the right-hand side depends on a tensor of shape {tuple(variable.shape)} that wants a gradient and "
+                "is no parameter of the field: register it as a parameter, hand it over as context, or name it in "
+                "tensors="
+            )
+        waiting += [following for following, _ in node.next_functions]
+
+
 class AutogradDynamics:
     """Give any right-hand side a pullback by automatic differentiation of one evaluation."""
 
     def __init__(self, func: Callable[[Tensor, Tensor], Tensor], tensors: Sequence[Tensor]) -> None:
-        self.func, self.tensors = func, tensors
+        self.func, self.tensors, self.checked = func, tensors, False
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
         """Evaluate the right-hand side."""
@@ -424,6 +448,9 @@ class AutogradDynamics:
         with torch.enable_grad():
             point = y.detach().requires_grad_()
             value = self.func(t, point)
+        if not self.checked:
+            self.checked = True
+            check_closure(value, [point, *self.tensors])
         wanted = [i for i, tensor in enumerate(self.tensors) if tensor.requires_grad]
 
         def pullback(g: Tensor, grads: list[Tensor]) -> Tensor:
@@ -449,6 +476,7 @@ __all__ = [
     "StepControl",
     "StepError",
     "Tableau",
+    "check_closure",
     "explain_failure",
     "integrate",
     "tableau",

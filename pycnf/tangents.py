@@ -287,7 +287,7 @@ class OnePass:
             gh = torch.mm(gv, last)
             ga = self.rule.backward(self.activation, saved, hidden, self.constants, gh, gdiv, parts)
             share = torch.cat([ga.sum(0), *reversed(parts.offsets)])
-            goffset += share
+            goffset.add_(share)
             grate.addcmul_(share, t)
             gfirst.addmm_(ga.t(), z)
             if self.extra is not None:

@@ -104,8 +104,8 @@ def _options(solver: Solver, stops: Tensor, step: float) -> dict[str, Any]:
         return {"solver": solver.scipy_method, "max_step": solver.max_step}
     if solver.kind == "fixed":
         grid = {"grid_constructor": _FixedGrid(step, exact=len(stops) > 1), "interp": "cubic"}
-        # torchdiffeq's explicit Adams methods go up to order 12, which is unstable at any useful step
-        return grid | ({"max_order": 4} if solver.method == "explicit_adams" else {})
+        # torchdiffeq's explicit Adams methods go up to order 11, unstable at any useful step; 5 means order 4
+        return grid | ({"max_order": 5} if solver.method == "explicit_adams" else {})
     options: dict[str, Any] = {"step_t": stops, "min_step": solver.min_step, "max_step": solver.max_step}
     if solver.first_step is not None:
         options["first_step"] = solver.first_step

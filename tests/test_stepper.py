@@ -68,3 +68,27 @@ def test_solves_run_backwards_as_well(engine: str) -> None:
     torch.testing.assert_close(back.log_prob, there.log_prob, atol=1e-7, rtol=0)
     (gradient,) = torch.autograd.grad(back.z.sum(), z)
     torch.testing.assert_close(gradient, torch.ones_like(z), atol=1e-6, rtol=0)
+
+
+class Borrowed(torch.nn.Module):
+    """v = W z with a W that is no parameter."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        return z @ self.weight.t()
+
+
+@pytest.mark.parametrize("leaf", [True, False])
+def test_gradients_are_never_lost_in_silence(leaf: bool) -> None:
+    source = torch.randn(2, 2, requires_grad=True)
+    flow = CNF(2, field=Borrowed(source if leaf else 2 * source))
+    x = torch.randn(4, 2, requires_grad=True)
+    with pytest.raises(ValueError, match="is no parameter of the field"):
+        flow().log_prob(x)
+    with pytest.raises(ValueError, match="is no parameter of the field"):
+        flow().log_prob(x.detach())
+    with torch.no_grad():
+        assert flow().log_prob(x).isfinite().all()

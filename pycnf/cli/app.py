@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 import pycnf
 from pycnf.cli.comparing import compare
+from pycnf.cli.crosschecking import crosscheck, julia
 from pycnf.cli.datasets import data_app
 from pycnf.cli.diagnosing import diagnose
 from pycnf.cli.running import evaluate, sample, train
@@ -68,7 +69,7 @@ def _common(
     """
 
 
-for _command in (compare, train, evaluate, sample, diagnose):
+for _command in (compare, train, evaluate, sample, diagnose, crosscheck, julia):
     app.command()(_command)
 app.add_typer(data_app, name="data")
 

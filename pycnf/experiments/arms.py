@@ -18,7 +18,7 @@ class Arm:
 
     Attributes:
         label: Name in tables, figures and records.
-        regularizer: The regularizers as :func:`~pycnf.regularizers.parse_regularizers` reads them.
+        regularizer: The regularizers as :func:`~pycnf.regularizers.base.parse_regularizers` reads them.
         terms: The regularizers.
         setup: What it is trained and tested with.
     """

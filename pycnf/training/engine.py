@@ -57,7 +57,10 @@ class FlowModule(LightningModule):
         """Return the optimizer, with a cosine schedule where asked for."""
         options = self.options
         parameters = [p for p in self.flow.parameters() if p.requires_grad]
-        optimizer = OPTIMIZERS[options.optimizer](parameters, lr=options.lr, weight_decay=options.weight_decay)
+        settings: dict[str, Any] = {"lr": options.lr, "weight_decay": options.weight_decay}
+        if options.optimizer != "adamax" and parameters[0].device.type in ("cpu", "cuda"):
+            settings["fused"] = True  # one kernel for all parameters
+        optimizer = OPTIMIZERS[options.optimizer](parameters, **settings)
         if options.schedule != "cosine":
             return optimizer
         cosine = LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(step / options.max_steps, 1.0))))
