@@ -84,7 +84,8 @@ tables: $(VENV)/.installed-dev ## write the tables of the README from the record
 # pages go, because Sphinx would not report their warnings a second time.
 book: $(VENV)/.installed-book ## create the environment, execute and build the book
 	@$(BIN)/python book/_ext/execution_key.py _build
-	$(BIN)/jupyter-book build book --config _config.yml --path-output . -W -n --keep-going \
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
+	    $(BIN)/jupyter-book build book --config _config.yml --path-output . -W -n --keep-going \
 	    || { rm -rf _build/.doctrees; exit 1; }
 	@echo "Open $(CURDIR)/_build/html/index.html"
 

@@ -15,6 +15,7 @@ from pycnf.flow import CNF as CNF
 from pycnf.flow import FlowDistribution as FlowDistribution
 from pycnf.flow import FlowSolution as FlowSolution
 from pycnf.flow import objective as objective
+from pycnf.reference import reference_solve as reference_solve
 from pycnf.regularizers import TPR as TPR
 from pycnf.regularizers import Regularizer as Regularizer
 from pycnf.solution import Solution as Solution
