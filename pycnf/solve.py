@@ -83,7 +83,8 @@ class Solver:
             interpolating polynomial (no extra calls), ``"exact"`` by ending a step there (as accurate as the
             end state; extra steps).
         n_steps: Number of equal steps (fixed-step methods only, required there). Interior samples then come
-            from cubic Hermite interpolation, one extra call each, or with ``"exact"`` from extra grid points.
+            from cubic Hermite interpolation, one extra call for each sample and one for the end, or with
+            ``"exact"`` from extra grid points.
         max_nfe: Budget of forward calls per solve (per block of a flow); None for no limit. The backward solve
             of the adjoint has the same budget and always raises at its end.
         on_budget: ``"error"`` raises :class:`~pycnf.solution.SolveError` at the budget, ``"stop"`` returns the last

@@ -41,8 +41,8 @@ class TPR(Regularizer):
         channels: What is regressed: ``"z"`` (the paper's), ``"logp"`` (the log-density along the trajectory,
             which the step control sees too), or ``"both"``.
         logp_weight: Factor of the log-density channel relative to z, for ``channels="both"``.
-        per_dimension: Divide by D ln 2, so that alpha acts on bits per dimension (the paper's choice for
-            images).
+        per_dimension: Divide by D ln 2, the paper's choice for images, whose likelihood it counts in bits per
+            dimension. Beside a likelihood in nats this weakens the penalty by that factor.
 
     Raises:
         ValueError: On an impossible setting, with the possible ones.
