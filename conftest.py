@@ -1,4 +1,4 @@
-"""What every test starts from: a fixed seed and one thread."""
+"""What every test and doctest starts from: a fixed seed and one thread."""
 
 from __future__ import annotations
 
