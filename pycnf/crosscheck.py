@@ -6,7 +6,6 @@ achieve for its evaluations at each tolerance?
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -16,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pycnf.diagnostics.truth import TRUTH, in_float64
 from pycnf.flow import CNF, FlowSolution
 from pycnf.julia import JULIA_METHODS
 from pycnf.reference import SCIPY_METHODS, TOLERANCE, Backend, choose_backend, reference_solve
 from pycnf.solve import METHODS, Solver
 
 BOUND = 1e-9
-TIGHT = Solver(method="dopri8", rtol=1e-12, atol=1e-12, samples="exact")
 DEFAULT_METHODS = ("bosh3", "dopri5", "dopri8")
 DEFAULT_TOLERANCES = (1e-4, 1e-6, 1e-8, 1e-10)
 DEFAULT_STEPS = (4, 8, 16, 32)
@@ -148,7 +147,7 @@ def crosscheck(
             raise ValueError(f"unknown method {name!r}: choose among {', '.join(NAMES)}")
     if not bound > 0:
         raise ValueError(f"expected bound > 0, got {bound}")
-    double = copy.deepcopy(flow).cpu().double().eval()
+    double = in_float64(flow).cpu()
     x = x.detach().cpu().double()
     context = None if context is None else context.detach().cpu().double()
     inner = [flow.T * fraction for fraction in (0.25, 0.5, 0.75)]
@@ -157,7 +156,7 @@ def crosscheck(
         say(f"reference by {backend}")
         reference = reference_solve(double, x, context, times=inner, backend=backend, timeout=timeout)
     with torch.no_grad():
-        tight = double.solve(x, context, times=inner, solver=TIGHT, divergence="exact")
+        tight = double.solve(x, context, times=inner, solver=TRUTH, divergence="exact")
     agreement = _compare(tight, reference, "dopri8", "pycnf", 1e-12, None, everywhere=True)
     sweep = []
     for name in methods:

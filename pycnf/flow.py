@@ -247,7 +247,7 @@ class CNF(nn.Module):
                 bound = chosen.bind(field, z, context)
                 y0 = torch.cat([z, torch.zeros_like(z[:, :1])], dim=1)
                 pullable = isinstance(bound, OnePass) and bound.pullable
-                dynamics: Any = _PullableDynamics(bound) if pullable else _JointDynamics(bound)
+                dynamics: Any = _PullableDynamics(bound) if pullable else JointDynamics(bound)
                 tensors = bound.tensors
             else:
                 y0, tensors = z, (*field.parameters(), *(() if context is None else (context,)))
@@ -421,7 +421,7 @@ def _merge(fractions: list[Tensor], T: float) -> Tensor | None:
     return torch.cat(fractions).mul(T).unique() if fractions else None
 
 
-class _JointDynamics:
+class JointDynamics:
     """Move (z, log p) together: d(z, log p)/dt = (v, -div v)."""
 
     def __init__(self, bound: BoundField) -> None:
@@ -432,7 +432,7 @@ class _JointDynamics:
         return torch.cat([v, -div.unsqueeze(1)], dim=1)
 
 
-class _PullableDynamics(_JointDynamics):
+class _PullableDynamics(JointDynamics):
     """Move (z, log p) together, with the pullback that the field has at hand."""
 
     bound: OnePass
@@ -488,4 +488,12 @@ def _as_modules(field: nn.Module | Sequence[nn.Module] | Callable[[], nn.Module]
     return modules
 
 
-__all__ = ["CNF", "FlowDistribution", "FlowSolution", "Objective", "objective", "standard_normal_log_prob"]
+__all__ = [
+    "CNF",
+    "FlowDistribution",
+    "FlowSolution",
+    "JointDynamics",
+    "Objective",
+    "objective",
+    "standard_normal_log_prob",
+]

@@ -222,7 +222,7 @@ class Solver:
                 "scipy_solver cannot be differentiated: take gradient='adjoint' or solve under torch.no_grad()"
             )
         adjoint = differentiate and self.gradient == "adjoint"
-        factor, norm = METHODS[self.method].tolerance_factor, norm or _rms
+        factor, norm = METHODS[self.method].tolerance_factor, norm or stepper.rms
         progress = stepper.Progress(SolveStats(), float(ts[0]), max_nfe=self.max_nfe)
         try:
             if self.kind == "adaptive" and self.engine == "pycnf" and not adjoint:
@@ -272,10 +272,6 @@ class Solver:
         )
         dynamics: Any = func if hasattr(func, "linearize") else stepper.AutogradDynamics(func, tensors)
         return stepper.integrate(dynamics, y0, times, control, progress)
-
-
-def _rms(y: Tensor) -> Tensor:
-    return y.pow(2).mean().sqrt()
 
 
 def _choose(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -409,6 +409,11 @@ class _Integrate(torch.autograd.Function):
         return None, None, None, None, gy, *grads
 
 
+def rms(y: Tensor) -> Tensor:
+    """Return the root mean square of an array, the norm of the step control where none is named."""
+    return y.pow(2).mean().sqrt()
+
+
 def check_closure(value: Tensor, known: Sequence[Tensor]) -> None:
     """Refuse a right-hand side that depends on tensors whose gradients would be lost.
 
@@ -479,5 +484,6 @@ __all__ = [
     "check_closure",
     "explain_failure",
     "integrate",
+    "rms",
     "tableau",
 ]

@@ -11,7 +11,7 @@ import torch
 import torchdiffeq
 from torch import Tensor
 
-from pycnf.stepper import Progress, StepError, explain_failure
+from pycnf.stepper import Progress, StepError, explain_failure, rms
 
 if TYPE_CHECKING:
     from pycnf.solve import Solver
@@ -194,10 +194,6 @@ class _FixedGrid:
 def _full_norm(norm: Norm) -> Callable[[tuple[Tensor, ...]], Tensor]:
     def full(state: tuple[Tensor, ...]) -> Tensor:
         t, y, adj_y, *adj_params = state
-        return torch.stack([t.abs(), norm(y), norm(adj_y), *(_rms(p) for p in adj_params)]).max()
+        return torch.stack([t.abs(), norm(y), norm(adj_y), *(rms(p) for p in adj_params)]).max()
 
     return full
-
-
-def _rms(y: Tensor) -> Tensor:
-    return y.pow(2).mean().sqrt()

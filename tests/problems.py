@@ -6,14 +6,20 @@ dz/dt = v(t, z) from z(0) = z0, and ``logp(t, z0)``, the change of the log-densi
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from abc import abstractmethod
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from pycnf import CNF, Solver
+from pycnf.julia import JuliaUnavailable, shared_worker
 
 
 def parameter(values: object) -> nn.Parameter:
@@ -245,3 +251,38 @@ def flat_gradient(loss: Tensor, tensors: list[Tensor]) -> Tensor:
 def z_score_bound(false_alarm: float) -> float:
     """Bound that a standard normal variable exceeds, on either side, with this probability."""
     return math.sqrt(2) * float(torch.special.erfinv(torch.tensor(1 - false_alarm, dtype=torch.float64)))
+
+
+JULIA = Path(os.environ.get("PYCNF_DATA", ".")).resolve().parent / "julia-reference"
+"""Folder with the solves that Julia made, beside the real data."""
+
+
+def read_julia(name: str, case: str) -> dict[str, Any]:
+    """One case of a file in that folder."""
+    content = json.loads((JULIA / name).read_text(encoding="utf-8"))
+    return dict(content.get("cases", content)[case])
+
+
+def julia_case(case: str) -> tuple[CNF, Tensor]:
+    """Flow with the weights of a case that Julia solved, and its starting points."""
+    inputs = read_julia("inputs.json", case)
+    start = torch.tensor(inputs["z0"], dtype=torch.float64)
+    sizes = [len(layer["bias"]) for layer in inputs["layers"]]
+    flow = CNF(start.shape[1], sizes[:-1], T=inputs["T"]).double()
+    with torch.no_grad():
+        for layer, given in zip(flow.fields[0].layers, inputs["layers"], strict=True):
+            weight = torch.tensor(given["weight"], dtype=torch.float64)
+            layer.time_weight.copy_(weight[:, 0])
+            layer.weight.copy_(weight[:, 1:])
+            layer.bias.copy_(torch.tensor(given["bias"], dtype=torch.float64))
+    return flow, start
+
+
+def start_julia() -> None:
+    """Start Julia or skip the test with the reason; PYCNF_REQUIRE_JULIA=1 makes its absence a failure."""
+    try:
+        shared_worker().start()
+    except JuliaUnavailable as err:
+        if os.environ.get("PYCNF_REQUIRE_JULIA") == "1":
+            raise
+        pytest.skip(str(err))

@@ -9,31 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-from problems import small_flow
+from problems import JULIA, julia_case, read_julia, small_flow, start_julia
 from torch import Tensor
 from typer.testing import CliRunner
 
 from pycnf import CNF, FlowSolution, Solution, SolveStats, save_flow
 from pycnf.cli import app
 from pycnf.crosscheck import NAMES, Deviation, crosscheck, observed_order
-from pycnf.julia import JuliaUnavailable, shared_worker
 from pycnf.reference import reference_solve
-
-FOLDER = Path(os.environ.get("PYCNF_DATA", ".")).resolve().parent / "julia-reference"
 
 
 def recorded(case: str) -> tuple[CNF, Tensor, FlowSolution, list[dict[str, Any]]]:
     """Flow, start, and what Julia's Vern9 at 1e-13 gave; and what Julia's methods gave at each tolerance."""
-    inputs = json.loads((FOLDER / "inputs.json").read_text(encoding="utf-8"))[case]
-    found = json.loads((FOLDER / "reference.json").read_text(encoding="utf-8"))["cases"][case]
-    start = torch.tensor(inputs["z0"], dtype=torch.float64)
-    flow = CNF(start.shape[1], [len(layer["bias"]) for layer in inputs["layers"]][:-1], T=inputs["T"]).double()
-    with torch.no_grad():
-        for layer, given in zip(flow.fields[0].layers, inputs["layers"], strict=True):
-            weight = torch.tensor(given["weight"], dtype=torch.float64)
-            layer.time_weight.copy_(weight[:, 0])
-            layer.weight.copy_(weight[:, 1:])
-            layer.bias.copy_(torch.tensor(given["bias"], dtype=torch.float64))
+    found = read_julia("reference.json", case)
+    flow, start = julia_case(case)
     states = torch.tensor(found["states"], dtype=torch.float64)
     ts = torch.tensor(found["times"], dtype=torch.float64)
     solution = Solution(ts, states[..., :-1], states[..., -1], SolveStats())
@@ -41,7 +30,7 @@ def recorded(case: str) -> tuple[CNF, Tensor, FlowSolution, list[dict[str, Any]]
 
 
 @pytest.mark.skipif(
-    "PYCNF_DATA" not in os.environ or not (FOLDER / "reference.json").is_file(),
+    "PYCNF_DATA" not in os.environ or not (JULIA / "reference.json").is_file(),
     reason="no folder julia-reference beside the one that PYCNF_DATA names",
 )
 @pytest.mark.parametrize("case", ["mlp2", "mlp6"])
@@ -234,12 +223,7 @@ def test_julia_that_is_missing_is_told(run: Path, tmp_path: Path, monkeypatch: p
 
 @pytest.mark.julia
 def test_the_command_with_julia(run: Path) -> None:
-    try:
-        shared_worker().start()
-    except JuliaUnavailable as err:
-        if os.environ.get("PYCNF_REQUIRE_JULIA") == "1":
-            raise
-        pytest.skip(str(err))
+    start_julia()
     done = call(run, "--backend", "julia", "--methods", "dopri5,Tsit5,Vern7", "--json")
     assert done.exit_code == 0, done.output
     record = json.loads(done.stdout)

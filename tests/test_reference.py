@@ -5,51 +5,27 @@ The reference lies in a folder ``julia-reference`` beside the folder that PYCNF_
 
 from __future__ import annotations
 
-import json
 import os
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from problems import JULIA, julia_case, read_julia
 
-from pycnf import CNF, Solver
+from pycnf import Solver
 
-FOLDER = Path(os.environ.get("PYCNF_DATA", ".")).resolve().parent / "julia-reference"
 pytestmark = pytest.mark.skipif(
-    "PYCNF_DATA" not in os.environ or not (FOLDER / "reference.json").is_file(),
+    "PYCNF_DATA" not in os.environ or not (JULIA / "reference.json").is_file(),
     reason="no folder julia-reference beside the one that PYCNF_DATA names",
 )
 CASES = ["mlp2", "mlp6"]
 
 
-def read(name: str, case: str) -> dict[str, Any]:
-    content = json.loads((FOLDER / name).read_text(encoding="utf-8"))
-    return content.get("cases", content)[case]
-
-
-def build(case: str) -> tuple[CNF, Tensor]:
-    """Flow with the weights of a case, and its starting points."""
-    inputs = read("inputs.json", case)
-    start = torch.tensor(inputs["z0"], dtype=torch.float64)
-    sizes = [len(layer["bias"]) for layer in inputs["layers"]]
-    flow = CNF(start.shape[1], sizes[:-1], T=inputs["T"]).double()
-    with torch.no_grad():
-        for layer, given in zip(flow.fields[0].layers, inputs["layers"], strict=True):
-            weight = torch.tensor(given["weight"], dtype=torch.float64)
-            layer.time_weight.copy_(weight[:, 0])
-            layer.weight.copy_(weight[:, 1:])
-            layer.bias.copy_(torch.tensor(given["bias"], dtype=torch.float64))
-    return flow, start
-
-
 @pytest.mark.parametrize("divergence", ["exact", "exact-forward", "exact-reverse"])
 @pytest.mark.parametrize("case", CASES)
 def test_trajectories_and_densities(case: str, divergence: str) -> None:
-    reference = read("reference.json", case)
+    reference = read_julia("reference.json", case)
     states = torch.tensor(reference["states"], dtype=torch.float64)
-    flow, start = build(case)
+    flow, start = julia_case(case)
     solver = Solver(method="dopri8", rtol=1e-12, atol=1e-12, samples="exact")
     with torch.no_grad():
         (block,) = flow.solve(start, times=reference["times"][1:-1], solver=solver, divergence=divergence).blocks
@@ -61,8 +37,8 @@ def test_trajectories_and_densities(case: str, divergence: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_way_back(case: str) -> None:
-    states = torch.tensor(read("reference.json", case)["states"], dtype=torch.float64)
-    flow, start = build(case)
+    states = torch.tensor(read_julia("reference.json", case)["states"], dtype=torch.float64)
+    flow, start = julia_case(case)
     solver = Solver(method="dopri8", rtol=1e-12, atol=1e-12)
     with torch.no_grad():
         back = flow.solve(states[-1, :, :-1], reverse=True, solver=solver)
@@ -85,8 +61,8 @@ MEASURED = [
 
 @pytest.mark.parametrize(("case", "method", "tol", "error", "calls"), MEASURED)
 def test_achieved_error_at_the_end(case: str, method: str, tol: float, error: float, calls: int) -> None:
-    states = torch.tensor(read("reference.json", case)["states"], dtype=torch.float64)
-    flow, start = build(case)
+    states = torch.tensor(read_julia("reference.json", case)["states"], dtype=torch.float64)
+    flow, start = julia_case(case)
     with torch.no_grad():
         solution = flow.solve(start, solver=Solver(method=method, rtol=tol, atol=tol))
     assert float((solution.logp - states[-1, :, -1]).abs().max()) <= 3 * error
@@ -96,8 +72,8 @@ def test_achieved_error_at_the_end(case: str, method: str, tol: float, error: fl
 @pytest.mark.parametrize("method", ["dopri5", "dopri8"])
 @pytest.mark.parametrize("case", CASES)
 def test_error_stays_near_the_tolerance(case: str, method: str) -> None:
-    states = torch.tensor(read("reference.json", case)["states"], dtype=torch.float64)
-    flow, start = build(case)
+    states = torch.tensor(read_julia("reference.json", case)["states"], dtype=torch.float64)
+    flow, start = julia_case(case)
     for tol in (1e-5, 1e-6, 1e-7, 1e-8):
         with torch.no_grad():
             solution = flow.solve(start, solver=Solver(method=method, rtol=tol, atol=tol))

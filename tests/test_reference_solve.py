@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
-from problems import PROBLEMS, Problem, Rotation, Wave, as_flow, small_flow
+from problems import PROBLEMS, Problem, Rotation, Wave, as_flow, small_flow, start_julia
 from torch import Tensor, nn
 
 from pycnf import CNF, MLP, FlowSolution, Solution, SolveError, Solver, fit, reference
 from pycnf.data import load
 from pycnf.fields import ACTIVATIONS
-from pycnf.julia import JULIA_METHODS, JuliaUnavailable, shared_worker
+from pycnf.julia import JULIA_METHODS, shared_worker
 from pycnf.reference import ClosedForm, choose_backend, describe_problem, reference_solve
 
 TIGHT = Solver(method="dopri8", rtol=1e-12, atol=1e-12, samples="exact")
@@ -25,12 +24,7 @@ TIMES = [0.2, 0.7]
 @pytest.fixture(scope="module")
 def julia() -> Iterator[None]:
     """Julia, or the reason why it is not there; PYCNF_REQUIRE_JULIA=1 makes its absence a failure."""
-    try:
-        shared_worker().start()
-    except JuliaUnavailable as err:
-        if os.environ.get("PYCNF_REQUIRE_JULIA") == "1":
-            raise
-        pytest.skip(str(err))
+    start_julia()
     yield
     shared_worker().close()
 

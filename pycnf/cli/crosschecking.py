@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from pycnf.cli import options as o
-from pycnf.cli.running import data_card, open_run, print_json
+from pycnf.cli.running import data_source, open_run, print_json
 from pycnf.cli.tables import console
 from pycnf.data import load
 from pycnf.records import run_record, write_json
@@ -124,19 +124,8 @@ def crosscheck(
             "--timeout", o.SOLVER, "Seconds that Julia may take for one block. [default: no limit]", **o.positive()
         ),
     ] = None,
-    data: Annotated[
-        str | None,
-        o.option("--data", o.WHAT, "Data set. [default: that of the training]", metavar="NAME|PATH"),
-    ] = None,
-    split: Annotated[
-        str,
-        o.option(
-            "--split",
-            o.WHAT,
-            "Rows to use: test, validation or train.",
-            **o.one_of(("test", "validation", "train")),
-        ),
-    ] = "test",
+    data: o.RunData = None,
+    split: o.Split = "test",
     rows: Annotated[int, o.option("--rows", o.WHAT, "Rows, drawn at random; they are solved together.", min=1)] = 32,
     seed: o.Seed = 0,
     data_dir: o.DataDir = None,
@@ -164,9 +153,7 @@ def crosscheck(
         raise ValueError(
             f"{run} is a conditional flow: check it in code, pycnf.crosscheck.crosscheck(flow, x, context)"
         )
-    source = data or data_card(run).get("load")
-    if source is None:
-        raise ValueError(f"{run} does not tell which data it was trained on: name them with --data")
+    source = data or data_source(run)
 
     import torch
 

@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from pycnf.cli import options as o
-from pycnf.cli.running import data_card, open_run, print_json
+from pycnf.cli.running import data_source, open_run, print_json
 from pycnf.cli.tables import console, facts_table
 from pycnf.data import load
 from pycnf.records import run_record, write_json
@@ -60,19 +60,8 @@ def read_methods(text: str) -> tuple[str, ...]:
 
 def diagnose(
     run: o.RunFolder,
-    data: Annotated[
-        str | None,
-        o.option("--data", o.WHAT, "Data set. [default: that of the training]", metavar="NAME|PATH"),
-    ] = None,
-    split: Annotated[
-        str,
-        o.option(
-            "--split",
-            o.WHAT,
-            "Rows to draw from: test, validation or train.",
-            **o.one_of(("test", "validation", "train")),
-        ),
-    ] = "test",
+    data: o.RunData = None,
+    split: o.Split = "test",
     rows: Annotated[
         int, o.option("--rows", o.WHAT, "Rows, drawn at random; they set the steps together.", min=1)
     ] = 100,
@@ -154,9 +143,7 @@ def diagnose(
         raise ValueError(
             f"{run} is a conditional flow: diagnose it in code, pycnf.diagnostics.diagnose(flow, x, context)"
         )
-    source = data or data_card(run).get("load")
-    if source is None:
-        raise ValueError(f"{run} does not tell which data it was trained on: name them with --data")
+    source = data or data_source(run)
     changed: dict[str, Any] = {"method": method, "rtol": rtol, "atol": atol}
     changed = {name: value for name, value in changed.items() if value is not None}
     if method is not None:

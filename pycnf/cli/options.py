@@ -109,6 +109,13 @@ Regularizer = Annotated[
         **checked(parse_regularizers),
     ),
 ]
+RunData = Annotated[
+    str | None, option("--data", WHAT, "Data set. [default: that of the training]", metavar="NAME|PATH")
+]
+Split = Annotated[
+    str,
+    option("--split", WHAT, "Rows to use: test, validation or train.", **one_of(("test", "validation", "train"))),
+]
 Seeds = Annotated[
     str,
     option(

@@ -114,19 +114,8 @@ def train(
 
 def evaluate(
     run: o.RunFolder,
-    data: Annotated[
-        str | None,
-        o.option("--data", o.WHAT, "Data set. [default: that of the training]", metavar="NAME|PATH"),
-    ] = None,
-    split: Annotated[
-        str,
-        o.option(
-            "--split",
-            o.WHAT,
-            "Rows to use: test, validation or train.",
-            **o.one_of(("test", "validation", "train")),
-        ),
-    ] = "test",
+    data: o.RunData = None,
+    split: o.Split = "test",
     data_dir: o.DataDir = None,
     config: o.Config = None,
     method: Annotated[
@@ -178,9 +167,7 @@ def evaluate(
     solver = Solver(**flow.eval_solver.to_dict() | changed)
     if divergence is not None:
         flow.eval_divergence = parse_divergence(divergence)
-    source = data or data_card(run).get("load")
-    if source is None:
-        raise ValueError(f"{run} does not tell which data it was trained on: name them with --data")
+    source = data or data_source(run)
     o.say(f"Evaluating {run} on the {split} rows of {source}", quiet=quiet)
     dataset = load(source, data_dir=data_dir)
     found = evaluate_flow(flow, getattr(dataset, split), batch_size=batch_size, solver=solver)
@@ -280,6 +267,18 @@ def data_card(run: Path) -> dict[str, Any]:
     """Return what a run folder tells of its data, nothing where it does not tell."""
     path = run / DATA_CARD
     return dict(read_json(path)) if path.is_file() else {}
+
+
+def data_source(run: Path) -> str:
+    """Return the name or path of the data a run was trained on.
+
+    Raises:
+        ValueError: The run does not tell.
+    """
+    source = data_card(run).get("load")
+    if source is None:
+        raise ValueError(f"{run} does not tell which data it was trained on: name them with --data")
+    return str(source)
 
 
 def _sample_format(path: Path) -> Literal["csv", "npy"]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from pycnf.divergence import Divergence, Exact
-from pycnf.flow import CNF, FlowSolution
+from pycnf.flow import CNF, FlowSolution, JointDynamics
 from pycnf.solution import Solution
 from pycnf.solve import Solver
 
@@ -49,17 +49,6 @@ def solve_truth(
         return in_float64(flow).solve(x.double(), given, times=times, solver=TRUTH, divergence=exact_divergence(flow))
 
 
-def joint_dynamics(flow: CNF, block: int, z: Tensor, context: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return d(z, log p)/dt = (v, -div v) of one block, for states y = (z, log p) of shape (B, D + 1)."""
-    bound = exact_divergence(flow).bind(flow.fields[block], z, context)
-
-    def dynamics(t: Tensor, y: Tensor) -> Tensor:
-        v, div = bound(t, y[:, :-1])
-        return torch.cat([v, -div.unsqueeze(1)], dim=1)
-
-    return dynamics
-
-
 def joint_states(solution: Solution) -> Tensor:
     """Return the states (z, log p) of one block at the solution's times, (K, B, D + 1).
 
@@ -88,8 +77,8 @@ def carry(flow: CNF, block: int, y: Tensor, t0: float, t1: float, context: Tenso
         States at t1, shape (B, D + 1).
     """
     with torch.no_grad():
-        dynamics = joint_dynamics(flow, block, y[:, :-1], context)
+        dynamics = JointDynamics(exact_divergence(flow).bind(flow.fields[block], y[:, :-1], context))
         return TRUTH.integrate(dynamics, y, t0, t1, norm=lambda e: e.abs().max())[1][-1]
 
 
-__all__ = ["TRUTH", "carry", "exact_divergence", "in_float64", "joint_dynamics", "joint_states", "solve_truth"]
+__all__ = ["TRUTH", "carry", "exact_divergence", "in_float64", "joint_states", "solve_truth"]
