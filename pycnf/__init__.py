@@ -14,7 +14,7 @@ from pycnf.fields import MLP as MLP
 from pycnf.flow import CNF as CNF
 from pycnf.flow import FlowDistribution as FlowDistribution
 from pycnf.flow import FlowSolution as FlowSolution
-from pycnf.flow import objective as objective
+from pycnf.objective import objective as objective
 from pycnf.reference import reference_solve as reference_solve
 from pycnf.regularizers import TPR as TPR
 from pycnf.regularizers import Regularizer as Regularizer

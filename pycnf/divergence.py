@@ -14,8 +14,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from pycnf.dynamics import check_closure
 from pycnf.fields import MLP
-from pycnf.stepper import check_closure
 from pycnf.tangents import OnePass
 
 

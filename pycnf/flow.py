@@ -16,15 +16,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
-from torch.nn import functional
 
-from pycnf.divergence import BoundField, Divergence, call_field, parse_divergence
+from pycnf.divergence import Divergence, parse_divergence
 from pycnf.fields import MLP, TimeConditioning
-from pycnf.regularizers import Regularizer, check_regularizers
+from pycnf.joint import StateDynamics, accepted_steps, channel_norm, joint_dynamics
 from pycnf.solution import Solution, SolveStats
 from pycnf.solve import Solver
-from pycnf.stepper import Attempt, Pullback
-from pycnf.tangents import OnePass
+from pycnf.stepper import Attempt, Watch
 
 FlowObserver = Callable[[int, Attempt], None]
 
@@ -209,11 +207,11 @@ class CNF(nn.Module):
         """
         sampled = None if times is None else torch.as_tensor(times, dtype=torch.float64)
         plan = [sampled] * self.blocks
-        return self._solve(
+        return self.solve_blocks(
             x, context, plan, reverse=reverse, density=density, solver=solver, divergence=divergence, observer=observer
         )
 
-    def _solve(
+    def solve_blocks(
         self,
         x: Tensor,
         context: Tensor | None,
@@ -224,7 +222,10 @@ class CNF(nn.Module):
         solver: Solver | None = None,
         divergence: str | Divergence | None = None,
         observer: FlowObserver | None = None,
+        ends: Sequence[float] | None = None,
+        watched: bool = False,
     ) -> FlowSolution:
+        """Solve with interior times, and where wanted end times, of each block's own (see :meth:`solve`)."""
         self.check_states(x)
         self._check_context(context)
         solver = solver or (self.solver if self.training else self.eval_solver)
@@ -238,28 +239,31 @@ class CNF(nn.Module):
                 raise ValueError(
                     f"a context of shape {tuple(context.shape)} does not fit states of shape {tuple(x.shape)}"
                 ) from err
-        norm = _channel_norm(self.features)
+        norm = channel_norm(self.features)
         solutions: list[Solution] = []
-        for field, inner in zip(self.fields[::-1] if reverse else self.fields, times, strict=True):
-            t0, t1 = (self.T, 0.0) if reverse else (0.0, self.T)
+        fields = self.fields[::-1] if reverse else self.fields
+        for field, inner, end in zip(fields, times, ends or [self.T] * self.blocks, strict=True):
+            t0, t1 = (end, 0.0) if reverse else (0.0, end)
             inner = inner if inner is None or not reverse else inner.flip(0)
             if density:
                 bound = chosen.bind(field, z, context)
                 y0 = torch.cat([z, torch.zeros_like(z[:, :1])], dim=1)
-                pullable = isinstance(bound, OnePass) and bound.pullable
-                dynamics: Any = _PullableDynamics(bound) if pullable else JointDynamics(bound)
+                dynamics: Callable[[Tensor, Tensor], Tensor] = joint_dynamics(bound)
                 tensors = bound.tensors
             else:
                 y0, tensors = z, (*field.parameters(), *(() if context is None else (context,)))
-                dynamics = _state_dynamics(field, context)
-            watch = None if observer is None else functools.partial(observer, len(solutions))
+                dynamics = StateDynamics(field, context)
+            show = None if observer is None else functools.partial(observer, len(solutions))
+            watch = Watch() if watched else None
             ts, ys, stats = solver.integrate(
-                dynamics, y0, t0, t1, times=inner, norm=norm, tensors=tensors, observer=watch
+                dynamics, y0, t0, t1, times=inner, norm=norm, tensors=tensors, observer=show, watch=watch
             )
             states = ys[..., : self.features]
             logp = ys[..., self.features].reshape(len(ts), *batch) if density else None
-            solutions.append(Solution(ts, states.reshape(len(ts), *batch, self.features), logp, stats))
-            z = states[-1]
+            steps = None if watch is None else accepted_steps(watch, solver.method)
+            states = states.reshape(len(ts), *batch, self.features)
+            solutions.append(Solution(ts, states, logp, stats, steps, StateDynamics(field, context)))
+            z = ys[-1, :, : self.features]
         return FlowSolution(tuple(solutions), reverse)
 
     def check_states(self, x: Tensor) -> None:
@@ -355,116 +359,9 @@ class FlowDistribution(torch.distributions.Distribution):
         return self.flow.solve(noise, self.context, reverse=True, density=density)
 
 
-@dataclass(frozen=True)
-class Objective:
-    """Hold the training objective of one batch and what it is made of.
-
-    Attributes:
-        loss: nll + sum of weight * penalty, a scalar.
-        nll: Mean negative log-likelihood of the batch, in nats.
-        penalties: Unweighted penalty of each regularizer, by its name, detached.
-        solution: The solve.
-    """
-
-    loss: Tensor
-    nll: Tensor
-    penalties: dict[str, Tensor]
-    solution: FlowSolution
-
-
-def objective(
-    flow: CNF,
-    x: Tensor,
-    context: Tensor | None = None,
-    regularizers: Sequence[Regularizer] | Regularizer | None = None,
-) -> Objective:
-    r"""Return the training objective -mean log p(x) + sum_r weight_r sum_blocks penalty_r(block).
-
-    Args:
-        flow: The flow.
-        x: Batch (B, D).
-        context: Context (B, C) of a conditional flow.
-        regularizers: Regularizers to add, none by default.
-
-    Returns:
-        The objective with its parts (:class:`Objective`).
-
-    >>> from pycnf.regularizers import TPR
-    >>> flow, x = CNF(2, hidden=(8,)), torch.randn(16, 2)
-    >>> bool(objective(flow, x, regularizers=[TPR(weight=5.0)]).loss >= objective(flow, x).nll)
-    True
-    """
-    terms = check_regularizers(regularizers)
-    named = [[r.sample_times() for r in terms] for _ in range(flow.blocks)]
-    plan = [_merge([u for u in block if u is not None], flow.T) for block in named]
-    solution = flow._solve(x, context, plan)
-    nll = -solution.log_prob.mean()
-    loss, penalties = nll, {}
-    for i, term in enumerate(terms):
-        parts = []
-        for block, fractions in zip(solution.blocks, named, strict=True):
-            own = fractions[i]
-            parts.append(term.penalty(block if own is None else block.at(own * flow.T)))
-        penalty = torch.stack(parts).sum()
-        loss = loss + term.weight * penalty
-        label = term.name if term.name not in penalties else f"{term.name}-{i}"
-        penalties[label] = penalty.detach()
-    return Objective(loss, nll, penalties, solution)
-
-
 def standard_normal_log_prob(z: Tensor) -> Tensor:
     """Return log N(z; 0, I) in nats, shape ``(*batch,)``, for z of shape ``(*batch, D)``."""
     return -0.5 * (z.pow(2).sum(-1) + z.shape[-1] * math.log(2 * math.pi))
-
-
-def _merge(fractions: list[Tensor], T: float) -> Tensor | None:
-    return torch.cat(fractions).mul(T).unique() if fractions else None
-
-
-class JointDynamics:
-    """Move (z, log p) together: d(z, log p)/dt = (v, -div v)."""
-
-    def __init__(self, bound: BoundField) -> None:
-        self.bound = bound
-
-    def __call__(self, t: Tensor, y: Tensor) -> Tensor:
-        v, div = self.bound(t, y[:, :-1])
-        return torch.cat([v, -div.unsqueeze(1)], dim=1)
-
-
-class _PullableDynamics(JointDynamics):
-    """Move (z, log p) together, with the pullback that the field has at hand."""
-
-    bound: OnePass
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return self.bound.prepared
-
-    def linearize(self, t: Tensor, y: Tensor) -> tuple[Tensor, Pullback]:
-        v, div, pull = self.bound.linearize(t, y[:, :-1])
-
-        def pullback(g: Tensor, grads: list[Tensor]) -> Tensor:
-            return functional.pad(pull(g[:, :-1], -g[:, -1], grads), (0, 1))
-
-        return torch.cat([v, -div.unsqueeze(1)], dim=1), pullback
-
-
-def _state_dynamics(field: nn.Module, context: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
-    return lambda t, z: call_field(field, t, z, context)
-
-
-def _channel_norm(features: int) -> Callable[[Tensor], Tensor]:
-    """Return the step control's norm: the larger root mean square of the state and of the log-density."""
-
-    def norm(y: Tensor) -> Tensor:
-        if y.shape[-1] == features:
-            return torch.linalg.vector_norm(y) / math.sqrt(y.numel())
-        y = y.reshape(-1, features + 1)
-        z = torch.linalg.vector_norm(y[:, :features]) / math.sqrt(len(y) * features)
-        return torch.maximum(z, torch.linalg.vector_norm(y[:, features]) / math.sqrt(len(y)))
-
-    return norm
 
 
 def _as_solver(solver: Solver | Mapping[str, Any] | None, *, tolerance: float) -> Solver:
@@ -492,8 +389,5 @@ __all__ = [
     "CNF",
     "FlowDistribution",
     "FlowSolution",
-    "JointDynamics",
-    "Objective",
-    "objective",
     "standard_normal_log_prob",
 ]

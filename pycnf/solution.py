@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -100,6 +101,41 @@ def refuse_second_derivatives() -> None:
 
 
 @dataclass(frozen=True)
+class Steps:
+    """Hold the S accepted steps of one solve by an embedded Runge-Kutta pair, differentiable.
+
+    The states have C = D + 1 channels, log p the last, or C = D where the density was not carried.
+
+    Attributes:
+        t: Times at the steps' starts (S,), float64.
+        h: Signed sizes (S,), float64.
+        error: Embedded error estimates in units of the state, ``(S, B, C)``.
+        scale: Tolerances atol + rtol max(|y_0|, |y_1|), ``(S, B, C)``, without gradient.
+        slope_change: f(Y_s) - f(Y_{s-1}) of the last two stages where both sit at the end of the step, else None.
+        stage_change: Y_s - Y_{s-1}, likewise.
+        order: Order of the method.
+    """
+
+    t: Tensor
+    h: Tensor
+    error: Tensor
+    scale: Tensor
+    slope_change: Tensor | None
+    stage_change: Tensor | None
+    order: int
+
+
+class BoundVelocity(Protocol):
+    """Evaluate the field of one block, its context bound: v(t, z) for a scalar t and z of shape (B, D)."""
+
+    def __call__(self, t: Tensor, z: Tensor) -> Tensor: ...
+
+    def parameters(self) -> Iterator[Tensor]:
+        """Return the parameters of the field."""
+        ...
+
+
+@dataclass(frozen=True)
 class Solution:
     """Hold one solve of (z, log p) along a block of a flow.
 
@@ -109,12 +145,16 @@ class Solution:
         logp: Change of the log-density along each trajectory, -int div v dt since the start, ``(K, *batch)``;
             None where the solve did not ask for it.
         stats: What the solve cost; live, so that backward calls show after ``loss.backward()``.
+        steps: The accepted steps, where they were asked for.
+        field: The field that was integrated, where the solve was a flow's.
     """
 
     ts: Tensor
     z: Tensor
     logp: Tensor | None
     stats: SolveStats
+    steps: Steps | None = None
+    field: BoundVelocity | None = None
 
     def at(self, times: Tensor) -> Solution:
         """Restrict to the two ends and those of the sampled times that are named, all exactly in ``ts``.
@@ -128,7 +168,7 @@ class Solution:
             raise ValueError("the solution was not sampled at all of these times: pass them to the solve")
         wanted[0] = wanted[-1] = True
         logp = None if self.logp is None else self.logp[wanted]
-        return Solution(self.ts[wanted], self.z[wanted], logp, self.stats)
+        return replace(self, ts=self.ts[wanted], z=self.z[wanted], logp=logp)
 
 
-__all__ = ["Solution", "SolveError", "SolveStats", "SolveWarning"]
+__all__ = ["BoundVelocity", "Solution", "SolveError", "SolveStats", "SolveWarning", "Steps"]

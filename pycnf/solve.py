@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pycnf import stepper, wrapped
+from pycnf.dynamics import AutogradDynamics
 from pycnf.solution import SolveStats, SolveWarning
 
 Dynamics = Callable[[Tensor, Tensor], Tensor]
@@ -191,6 +192,7 @@ class Solver:
         norm: Norm | None = None,
         tensors: Sequence[Tensor] = (),
         observer: stepper.Observer | None = None,
+        watch: stepper.Watch | None = None,
     ) -> tuple[Tensor, Tensor, SolveStats]:
         """Integrate dy/dt = func(t, y) from t0 to t1 (backwards when t1 < t0).
 
@@ -204,13 +206,15 @@ class Solver:
             tensors: Tensors that ``func`` closes over and that want gradients; the adjoint needs to know them.
             observer: Function that is shown every step tried (:class:`pycnf.stepper.Attempt`), detached from
                 gradients; adaptive methods of the engine ``"pycnf"`` only.
+            watch: What to fill with the accepted steps, differentiable (:class:`pycnf.stepper.Watch`); under the
+                same condition.
 
         Returns:
             Times ``ts`` (K,) float64 with t0 first and t1 last, states ``ys`` (K, B, C) and the statistics.
             After a soft stop ``ts`` is (t0, time reached).
 
         Raises:
-            ValueError: On impossible times, a non-finite start, or an observer that would see nothing.
+            ValueError: On impossible times, a non-finite start, or an observer or a watch that would see nothing.
             SolveError: When the solve fails.
         """
         ts = _time_grid(t0, t1, times, y0.device)
@@ -226,11 +230,12 @@ class Solver:
         progress = stepper.Progress(SolveStats(), float(ts[0]), max_nfe=self.max_nfe)
         try:
             if self.kind == "adaptive" and self.engine == "pycnf" and not adjoint:
-                ys = self._step(func, y0, ts, factor, norm, tensors, progress, observer)
-            elif observer is not None:
+                ys = self._step(func, y0, ts, factor, norm, tensors, progress, observer, watch)
+            elif observer is not None or watch is not None:
                 raise ValueError(
-                    "only an adaptive method with engine='pycnf' and gradient='backprop' shows its steps to an "
-                    f"observer, got method {self.method!r}, engine {self.engine!r} and gradient {self.gradient!r}"
+                    "only an adaptive method with engine='pycnf' and gradient='backprop' shows its steps to "
+                    f"observers and to regularizers of the solver's error, got method {self.method!r}, engine "
+                    f"{self.engine!r} and gradient {self.gradient!r}"
                 )
             else:
                 ys = wrapped.integrate(func, y0, ts, self, factor, norm, tensors, progress, adjoint=adjoint)
@@ -256,6 +261,7 @@ class Solver:
         tensors: Sequence[Tensor],
         progress: stepper.Progress,
         observer: stepper.Observer | None,
+        watch: stepper.Watch | None,
     ) -> Tensor:
         times = ts.tolist()
         control = stepper.StepControl(
@@ -270,8 +276,8 @@ class Solver:
             soft_stop=self.on_budget == "stop",
             observer=observer,
         )
-        dynamics: Any = func if hasattr(func, "linearize") else stepper.AutogradDynamics(func, tensors)
-        return stepper.integrate(dynamics, y0, times, control, progress)
+        dynamics: Any = func if hasattr(func, "linearize") else AutogradDynamics(func, tensors)
+        return stepper.integrate(dynamics, y0, times, control, progress, watch)
 
 
 def _choose(name: str, value: object, allowed: tuple[str, ...]) -> None:

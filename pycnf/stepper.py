@@ -15,39 +15,23 @@ References:
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchdiffeq._impl.odeint import SOLVERS
 
+from pycnf.dynamics import Dynamics, Pullback
 from pycnf.solution import SolveError, SolveStats, refuse_second_derivatives
+from pycnf.tableau import tableau
 
-Pullback = Callable[[Tensor, list[Tensor]], Tensor]
 Norm = Callable[[Tensor], Tensor]
 
 SAFETY, MAX_FACTOR, MIN_FACTOR = 0.9, 10.0, 0.2
 RESOLUTION = 16 * 2.0**-52  # smallest step, in units of t, that float64 still tells from none
-
-
-class Dynamics(Protocol):
-    """Evaluate dy/dt, and on demand together with its pullback.
-
-    ``linearize(t, y)`` returns f and a function (g, grads) -> g^T df/dy that adds g^T df/dtheta_i to grads[i]
-    for the ``tensors`` theta_i.
-    """
-
-    @property
-    def tensors(self) -> Sequence[Tensor]: ...
-
-    def __call__(self, t: Tensor, y: Tensor) -> Tensor: ...
-
-    def linearize(self, t: Tensor, y: Tensor) -> tuple[Tensor, Pullback]: ...
 
 
 class StepError(Exception):
@@ -101,6 +85,24 @@ class Attempt:
 Observer = Callable[[Attempt], None]
 
 
+@dataclass
+class Watch:
+    """Collect what an integration leaves of its accepted steps, differentiable with respect to what it solved.
+
+    Attributes:
+        t: Times at their starts.
+        h: Their signed sizes.
+        scales: Tolerances ``atol + rtol * max(|y0|, |y1|)``, one detached array like y a step.
+        values: Embedded error estimates and changes of slope and of state between the last two stages,
+            ``(S, 3, *y.shape)`` (:meth:`pycnf.tableau.Tableau.watched`).
+    """
+
+    t: list[float] = field(default_factory=list)
+    h: list[float] = field(default_factory=list)
+    scales: list[Tensor] = field(default_factory=list)
+    values: Tensor | None = None
+
+
 def explain_failure(cause: str, method: str, progress: Progress) -> SolveError:
     """Turn the end of an integration into an error that says what happened and what to try."""
     advice = (
@@ -146,49 +148,14 @@ class StepControl:
     observer: Observer | None = None
 
 
-@dataclass(frozen=True)
-class Tableau:
-    """Hold an embedded Runge-Kutta pair in float64.
-
-    Attributes:
-        order: Order of the advanced solution.
-        c: Nodes of the stages after the first, (s-1,).
-        rows: The s-1 rows a_i, the weights b of the solution and the weights of the error estimate, (s+1, s).
-        dense: Coefficients of theta^4 ... theta of the quartic interpolant's weights on the slopes, (4, s).
-        advances: Whether the last stage is the solution itself.
-    """
-
-    order: int
-    c: np.ndarray
-    rows: np.ndarray
-    dense: np.ndarray
-    advances: bool
-
-
-@functools.cache
-def tableau(method: str) -> Tableau:
-    """Return the tableau of an adaptive method, as torchdiffeq defines it."""
-    solver = SOLVERS[method]
-    source, mid = solver.tableau, np.asarray(solver.mid.double())
-    b, error = np.asarray(source.c_sol.double()), np.asarray(source.c_error.double())
-    s = len(b)
-    rows = np.zeros((s + 1, s))
-    for i, row in enumerate(source.beta):
-        rows[i, : len(row)] = row.double()
-    rows[s - 1], rows[s] = b, error
-    first, last = np.eye(s)[0], np.eye(s)[-1]
-    dense = np.stack(
-        [
-            2 * (last - first) - 8 * b + 16 * mid,
-            5 * first - 3 * last + 14 * b - 32 * mid,
-            last - 4 * first - 5 * b + 16 * mid,
-            first,
-        ]
-    )
-    return Tableau(solver.order, np.asarray(source.alpha.double()), rows, dense, bool(np.allclose(rows[s - 2], b)))
-
-
-def integrate(dynamics: Dynamics, y0: Tensor, ts: Sequence[float], control: StepControl, progress: Progress) -> Tensor:
+def integrate(
+    dynamics: Dynamics,
+    y0: Tensor,
+    ts: Sequence[float],
+    control: StepControl,
+    progress: Progress,
+    watch: Watch | None = None,
+) -> Tensor:
     """Integrate from ts[0] to ts[-1] and return the states at ts, shape ``(K, *y0.shape)``.
 
     Args:
@@ -197,13 +164,18 @@ def integrate(dynamics: Dynamics, y0: Tensor, ts: Sequence[float], control: Step
         ts: Times, monotone, the start first and the end last.
         control: What decides the steps.
         progress: Counts and position, updated as the solve goes; after a :class:`StepError` they tell where.
+        watch: What to fill with the accepted steps; None to keep nothing of them.
 
     Raises:
         StepError: When the budget is spent or no step can be taken.
     """
     if torch.is_grad_enabled() and (y0.requires_grad or any(tensor.requires_grad for tensor in dynamics.tensors)):
-        return _Integrate.apply(dynamics, tuple(ts), control, progress, y0, *dynamics.tensors)
-    return _Run(dynamics, control, progress, record=False).forward(y0, ts)
+        out, watched = _Integrate.apply(dynamics, tuple(ts), control, progress, watch, y0, *dynamics.tensors)
+    else:
+        out, watched = _Run(dynamics, control, progress, watch, record=False).forward(y0, ts)
+    if watch is not None:
+        watch.values = watched
+    return out
 
 
 @dataclass
@@ -218,8 +190,11 @@ class _Step:
 class _Run:
     """Carry one integration forward and, where it was recorded, back."""
 
-    def __init__(self, dynamics: Dynamics, control: StepControl, progress: Progress, *, record: bool) -> None:
+    def __init__(
+        self, dynamics: Dynamics, control: StepControl, progress: Progress, watch: Watch | None, *, record: bool
+    ) -> None:
         self.dynamics, self.control, self.progress, self.record = dynamics, control, progress, record
+        self.watch, self.watched = watch, list[Tensor]()
         self.tableau = tableau(control.method)
         self.steps: list[_Step] = []
         self.y = torch.empty(0)
@@ -236,8 +211,8 @@ class _Run:
             raise ValueError("the right-hand side closes over tensors that want gradients: name them in tensors=")
         return value, None
 
-    def forward(self, y0: Tensor, ts: Sequence[float]) -> Tensor:
-        """Take the steps from ts[0] to ts[-1] and return the states at ts, or at the start and a soft stop."""
+    def forward(self, y0: Tensor, ts: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """Take the steps: the states at ts, or at the start and a soft stop, and what is watched of the steps."""
         out = torch.empty(len(ts), *y0.shape, dtype=y0.dtype, device=y0.device)
         out[0] = y0
         self.y = y0
@@ -252,7 +227,7 @@ class _Run:
                 step.samples.clear()
             if self.steps:
                 self.steps[-1].samples.append((1, None))
-        return out
+        return out, torch.stack(self.watched) if self.watched else y0.new_zeros(0, 3, *y0.shape)
 
     def advance(self, out: Tensor, ts: Sequence[float]) -> None:
         """Take the steps and fill in the states at ts[1:]."""
@@ -268,7 +243,7 @@ class _Run:
             on_stop = (t + direction * size - stops[0]) * direction > -1e-12 * abs(end - ts[0])
             t1 = stops[0] if on_stop else t + direction * size
             h = t1 - t
-            y1, slopes, pullbacks, error = self.step(t, h, y, slope, rows)
+            y1, slopes, pullbacks, error, scale = self.step(t, h, y, slope, rows)
             progress.ratio = ratio = abs(float(control.norm(error)))
             accepted = ratio <= 1 or min(size, abs(h)) <= control.min_step
             if control.observer is not None:
@@ -278,6 +253,7 @@ class _Run:
                     raise StepError("non-finite")
                 progress.stats.accept(abs(h))
                 step = _Step(h, pullbacks)
+                self.note(t, h, slopes, scale)
                 while sample < len(ts) and (t1 - ts[sample]) * direction >= 0:
                     weights = None if ts[sample] == t1 else self.interpolate((ts[sample] - t) / h)
                     out[sample] = y1 if weights is None else self.combine(y, slopes, weights, h)
@@ -297,8 +273,8 @@ class _Run:
 
     def step(
         self, t: float, h: float, y: Tensor, slope: Tensor, rows: Tensor
-    ) -> tuple[Tensor, Tensor, list[Pullback], Tensor]:
-        """Take one step: the solution, the slopes (s, N), the stages' pullbacks and the error over the tolerance."""
+    ) -> tuple[Tensor, Tensor, list[Pullback], Tensor, Tensor]:
+        """Take one step: solution, slopes (s, N), the stages' pullbacks, error over the tolerance, tolerance."""
         tab, control, flat = self.tableau, self.control, y.reshape(-1)
         s = len(tab.c) + 1
         slopes = torch.empty(s, flat.numel(), dtype=y.dtype, device=y.device)
@@ -315,7 +291,16 @@ class _Run:
         y1 = stage if tab.advances else torch.addmv(flat, slopes.t(), weights[s - 1])
         scale = torch.maximum(flat.abs(), y1.abs()).mul_(control.rtol).add_(control.atol)
         error = torch.mv(slopes.t(), weights[s]).div_(scale)
-        return y1.view_as(y), slopes, pullbacks, error.view_as(y)
+        return y1.view_as(y), slopes, pullbacks, error.view_as(y), scale.view_as(y)
+
+    def note(self, t: float, h: float, slopes: Tensor, scale: Tensor) -> None:
+        """Keep of an accepted step what is watched."""
+        if self.watch is not None:
+            weights = torch.as_tensor(self.tableau.watched(h)).to(slopes)
+            self.watched.append((weights @ slopes).view(3, *scale.shape))
+            self.watch.t.append(t)
+            self.watch.h.append(h)
+            self.watch.scales.append(scale)
 
     def combine(self, y: Tensor, slopes: Tensor, weights: np.ndarray, h: float) -> Tensor:
         """Return y + h sum_j w_j k_j."""
@@ -351,17 +336,20 @@ class _Run:
         h1 = max(1e-6, h0 * 1e-3) if max(d1, d2) <= 1e-15 else (0.01 / max(d1, d2)) ** (1 / (order + 1))
         return min(100 * h0, h1)
 
-    def backward(self, gout: Tensor, grads: list[Tensor]) -> Tensor:
-        """Pull the gradient of the states at ts back to y_0, adding those of the tensors to grads."""
+    def backward(self, gout: Tensor, gwatched: Tensor, grads: list[Tensor]) -> Tensor:
+        """Pull gradients of the states at ts and of what is watched back to y_0, adding the tensors' to grads."""
         tab = self.tableau
         s, flat = len(tab.c) + 1, gout.reshape(len(gout), -1)
         rows = torch.as_tensor(tab.rows, dtype=gout.dtype, device=gout.device)
         gy = torch.zeros_like(flat[0]) if self.steps else flat[1].clone()
         gslope = torch.zeros_like(gy)
-        for step in reversed(self.steps):
+        for number, step in reversed(list(enumerate(self.steps))):
             weights = rows * step.h
-            gslopes = torch.zeros(s, gy.numel(), dtype=gy.dtype, device=gy.device)
-            gslopes[-1] = gslope
+            if self.watch is None:
+                gslopes = torch.zeros(s, gy.numel(), dtype=gy.dtype, device=gy.device)
+            else:
+                gslopes = torch.as_tensor(tab.watched(step.h)).to(gy).t() @ gwatched[number].reshape(3, -1)
+            gslopes[-1] += gslope
             inside = torch.zeros_like(gy)
             for sample, at in step.samples:
                 if at is None:
@@ -394,19 +382,20 @@ class _Integrate(torch.autograd.Function):
         ts: tuple[float, ...],
         control: StepControl,
         progress: Progress,
+        watch: Watch | None,
         y0: Tensor,
         *tensors: Tensor,
-    ) -> Tensor:
-        ctx.run = _Run(dynamics, control, progress, record=True)
+    ) -> tuple[Tensor, Tensor]:
+        ctx.run = _Run(dynamics, control, progress, watch, record=True)
         ctx.tensors = tensors
         return ctx.run.forward(y0, ts)
 
     @staticmethod
-    def backward(ctx: Any, gout: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gout: Tensor, gwatched: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives()
         grads = [torch.zeros_like(tensor) for tensor in ctx.tensors]
-        gy = ctx.run.backward(gout.contiguous(), grads)
-        return None, None, None, None, gy, *grads
+        gy = ctx.run.backward(gout.contiguous(), gwatched, grads)
+        return None, None, None, None, None, gy, *grads
 
 
 def rms(y: Tensor) -> Tensor:
@@ -414,76 +403,14 @@ def rms(y: Tensor) -> Tensor:
     return y.pow(2).mean().sqrt()
 
 
-def check_closure(value: Tensor, known: Sequence[Tensor]) -> None:
-    """Refuse a right-hand side that depends on tensors whose gradients would be lost.
-
-    Raises:
-        ValueError: When its graph ends in a tensor that wants a gradient and is not among those known.
-    """
-    leaves = {id(tensor) for tensor in known}
-    inner = {tensor.grad_fn for tensor in known}
-    waiting, seen = [value.grad_fn], set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen or node in inner:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None and id(variable) not in leaves:
-            raise ValueError(
-                f"the right-hand side depends on a tensor of shape {tuple(variable.shape)} that wants a gradient and "
-                "is no parameter of the field: register it as a parameter, hand it over as context, or name it in "
-                "tensors="
-            )
-        waiting += [following for following, _ in node.next_functions]
-
-
-class AutogradDynamics:
-    """Give any right-hand side a pullback by automatic differentiation of one evaluation."""
-
-    def __init__(self, func: Callable[[Tensor, Tensor], Tensor], tensors: Sequence[Tensor]) -> None:
-        self.func, self.tensors, self.checked = func, tensors, False
-
-    def __call__(self, t: Tensor, y: Tensor) -> Tensor:
-        """Evaluate the right-hand side."""
-        return self.func(t, y)
-
-    def linearize(self, t: Tensor, y: Tensor) -> tuple[Tensor, Pullback]:
-        """Evaluate the right-hand side and return its pullback (see :class:`Dynamics`)."""
-        with torch.enable_grad():
-            point = y.detach().requires_grad_()
-            value = self.func(t, point)
-        if not self.checked:
-            self.checked = True
-            check_closure(value, [point, *self.tensors])
-        wanted = [i for i, tensor in enumerate(self.tensors) if tensor.requires_grad]
-
-        def pullback(g: Tensor, grads: list[Tensor]) -> Tensor:
-            if not value.requires_grad:
-                return torch.zeros_like(point)
-            inputs = [point, *(self.tensors[i] for i in wanted)]
-            gy, *rest = torch.autograd.grad(value, inputs, g, allow_unused=True, retain_graph=True)
-            for i, grad in zip(wanted, rest, strict=True):
-                if grad is not None:
-                    grads[i] += grad
-            return torch.zeros_like(point) if gy is None else gy
-
-        return value.detach(), pullback
-
-
 __all__ = [
     "Attempt",
-    "AutogradDynamics",
-    "Dynamics",
     "Observer",
     "Progress",
-    "Pullback",
     "StepControl",
     "StepError",
-    "Tableau",
-    "check_closure",
+    "Watch",
     "explain_failure",
     "integrate",
     "rms",
-    "tableau",
 ]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pycnf import CNF, TPR, Solver, objective
-from pycnf.flow import Objective
+from pycnf.objective import Objective
 from pycnf.solve import METHODS
 
 ADAPTIVE = [name for name, method in METHODS.items() if method.kind == "adaptive"]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from pycnf.divergence import Divergence, Exact
-from pycnf.flow import CNF, FlowSolution, JointDynamics
+from pycnf.flow import CNF, FlowSolution
+from pycnf.joint import JointDynamics
 from pycnf.solution import Solution
 from pycnf.solve import Solver
 

@@ -4,4 +4,6 @@ from pycnf.regularizers.base import Regularizer as Regularizer
 from pycnf.regularizers.base import check_regularizers as check_regularizers
 from pycnf.regularizers.base import describe_regularizers as describe_regularizers
 from pycnf.regularizers.base import parse_regularizers as parse_regularizers
+from pycnf.regularizers.local import LocalError as LocalError
+from pycnf.regularizers.local import Stiffness as Stiffness
 from pycnf.regularizers.polynomial import TPR as TPR

@@ -9,7 +9,7 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -24,17 +24,29 @@ class Regularizer(abc.ABC):
     """Add ``weight * penalty`` to the training objective, summed over the blocks of a flow.
 
     A regularizer is a frozen dataclass: its fields are its settings. Before each solve of a block it may name
-    sampled times; after the solve it turns the block's :class:`~pycnf.solution.Solution` into a scalar.
-    Regularizers act in training only and never enter the step control.
+    sampled times and choose the end time; after the solve it turns the block's
+    :class:`~pycnf.solution.Solution` into a scalar. Regularizers act in training only and never enter the step
+    control.
 
     Attributes:
         weight: Factor of the penalty, >= 0.
+        start: Training step from which the regularizer acts.
+        ramp: Training steps in which the weight then rises linearly from 0; 0 for all at once.
+        stop: Training step from which it no longer acts; None for never.
+        target_nfe: Evaluations of a training batch that the weight is steered to: it is doubled over some hundred
+            steps that spend twice as many, halved over as many that spend half; None to leave it.
         name: Name on the command line and in records.
+        watches_steps: Whether :meth:`penalty` reads the accepted steps, ``solution.steps``.
     """
 
     weight: float
+    start: int = field(default=0, kw_only=True)
+    ramp: int = field(default=0, kw_only=True)
+    stop: int | None = field(default=None, kw_only=True)
+    target_nfe: float | None = field(default=None, kw_only=True)
 
     name: ClassVar[str]
+    watches_steps: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -44,6 +56,22 @@ class Regularizer(abc.ABC):
     def __post_init__(self) -> None:
         if not (self.weight >= 0 and math.isfinite(self.weight)):
             raise ValueError(f"expected a finite weight >= 0, got {self.weight}")
+        if self.start < 0 or self.ramp < 0 or (self.stop is not None and self.stop <= self.start):
+            raise ValueError(
+                f"expected start >= 0, ramp >= 0 and stop > start, got {self.start}, {self.ramp} and {self.stop}"
+            )
+        if self.target_nfe is not None and not (self.target_nfe > 0 and math.isfinite(self.target_nfe)):
+            raise ValueError(f"expected target_nfe > 0 or None, got {self.target_nfe}")
+
+    def scheduled(self, step: int) -> float:
+        """Return the factor in [0, 1] that the schedule puts on the weight at a training step, counted from 0."""
+        if step < self.start or (self.stop is not None and step >= self.stop):
+            return 0.0
+        return min(1.0, (step - self.start + 1) / self.ramp) if self.ramp else 1.0
+
+    def end_time(self) -> float | None:
+        """Draw the end of one solve as a fraction of T; None for T."""
+        return None
 
     def sample_times(self) -> Tensor | None:
         """Draw the interior times of one solve as sorted fractions of T in (0, 1), (n,) float64; None for none."""
@@ -54,7 +82,7 @@ class Regularizer(abc.ABC):
         """Return the penalty of one block, a scalar.
 
         Args:
-            solution: The block's solve, sampled at 0, the times this regularizer named, and T.
+            solution: The block's solve, sampled at 0, the times this regularizer named, and the end.
         """
 
     def __str__(self) -> str:

@@ -16,13 +16,15 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from pycnf.flow import CNF, Objective, objective
+from pycnf.flow import CNF
+from pycnf.objective import Objective, objective
 from pycnf.records import write_bytes
 from pycnf.regularizers import Regularizer
 from pycnf.training.batches import Rows, seed_all
 from pycnf.training.evaluation import Evaluation
 from pycnf.training.folder import TENSORBOARD, Row, RunFolder, read_checkpoint
 from pycnf.training.options import TrainingOptions
+from pycnf.training.weights import WeightControl
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "adamax": torch.optim.Adamax}
 TENSORBOARD_EVERY = 10  # training steps between two points of a TensorBoard curve
@@ -38,7 +40,16 @@ class FlowModule(LightningModule):
     def __init__(self, flow: CNF, regularizers: Sequence[Regularizer], options: TrainingOptions) -> None:
         super().__init__()
         self.flow, self.regularizers, self.options = flow, regularizers, options
+        self.weights = WeightControl(regularizers)
         self.result: Objective | None = None
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what steering has made of the weights of the regularizers."""
+        checkpoint["weights"] = self.weights.powers
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up steering where it was left."""
+        self.weights.powers = list(checkpoint.get("weights", self.weights.powers))
 
     def on_train_batch_start(self, batch: Rows, batch_idx: int) -> None:
         """Seed the generators for this step."""
@@ -46,7 +57,9 @@ class FlowModule(LightningModule):
 
     def training_step(self, batch: Rows, batch_idx: int) -> Tensor:
         """Return the loss of a batch."""
-        self.result = objective(self.flow, *batch, self.regularizers)
+        factors = self.weights.factors(self.trainer.global_step)
+        self.result = objective(self.flow, *batch, self.regularizers, factors)
+        self.weights.update(self.result.solution.stats.nfe)
         if not torch.isfinite(self.result.loss):
             parts = {"nll": self.result.nll, **self.result.penalties}
             values = ", ".join(f"{name} = {value.item():.6g}" for name, value in parts.items())
@@ -115,6 +128,7 @@ class Recorder(Callback):
             "lr": self.lr,
         }
         row |= {f"penalty_{name}": value.item() for name, value in result.penalties.items()}
+        row |= {f"weight_{name}": weight for name, weight in result.weights.items()}
         row["seconds"] = time.perf_counter() - self._began
         self._add(row)
         if self._bar is not None:

@@ -213,11 +213,11 @@ class Run:
 
 
 def _penalty_columns(terms: Sequence[Regularizer]) -> list[str]:
-    """Name the columns as :func:`pycnf.flow.objective` names the penalties."""
+    """Name the columns as :func:`pycnf.objective.objective` names the penalties."""
     names: list[str] = []
     for i, term in enumerate(terms):
         names.append(term.name if term.name not in names else f"{term.name}-{i}")
-    return [f"penalty_{name}" for name in names]
+    return [f"{kind}_{name}" for kind in ("penalty", "weight") for name in names]
 
 
 def _mean(rows: Sequence[Row], name: str) -> float:
