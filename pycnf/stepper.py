@@ -169,10 +169,12 @@ def integrate(
     Raises:
         StepError: When the budget is spent or no step can be taken.
     """
+    # the run shares the lists but not the values, whose graph holds the run: a cycle would never be freed
+    noted = None if watch is None else Watch(watch.t, watch.h, watch.scales)
     if torch.is_grad_enabled() and (y0.requires_grad or any(tensor.requires_grad for tensor in dynamics.tensors)):
-        out, watched = _Integrate.apply(dynamics, tuple(ts), control, progress, watch, y0, *dynamics.tensors)
+        out, watched = _Integrate.apply(dynamics, tuple(ts), control, progress, noted, y0, *dynamics.tensors)
     else:
-        out, watched = _Run(dynamics, control, progress, watch, record=False).forward(y0, ts)
+        out, watched = _Run(dynamics, control, progress, noted, record=False).forward(y0, ts)
     if watch is not None:
         watch.values = watched
     return out
