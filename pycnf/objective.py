@@ -13,6 +13,23 @@ from pycnf.regularizers import Regularizer, check_regularizers
 
 
 @dataclass(frozen=True)
+class Penalized:
+    """Hold a solve and what regularizers make of it.
+
+    Attributes:
+        total: Sum of weight * penalty, a scalar.
+        penalties: Unweighted penalty of each regularizer, by its name, detached.
+        weights: Weight that each had in the total.
+        solution: The solve.
+    """
+
+    total: Tensor
+    penalties: dict[str, Tensor]
+    weights: dict[str, float]
+    solution: FlowSolution
+
+
+@dataclass(frozen=True)
 class Objective:
     """Hold the training objective of one batch and what it is made of.
 
@@ -37,6 +54,7 @@ def objective(
     context: Tensor | None = None,
     regularizers: Sequence[Regularizer] | Regularizer | None = None,
     factors: Sequence[float] | None = None,
+    first_steps: Sequence[float] | None = None,
 ) -> Objective:
     r"""Return the training objective -mean log p(x) + sum_r factor_r weight_r sum_blocks penalty_r(block).
 
@@ -46,6 +64,7 @@ def objective(
         context: Context (B, C) of a conditional flow.
         regularizers: Regularizers to add, none by default.
         factors: Factor of each regularizer's weight at this step of training, 1 by default.
+        first_steps: First step of each block (:meth:`CNF.solve <pycnf.flow.CNF.solve>`).
 
     Returns:
         The objective with its parts (:class:`Objective`).
@@ -55,32 +74,46 @@ def objective(
     >>> bool(objective(flow, x, regularizers=[TPR(weight=5.0)]).loss >= objective(flow, x).nll)
     True
     """
+    found = solve_penalized(flow, x, context, regularizers, factors, first_steps)
+    nll = -found.solution.log_prob.mean()
+    return Objective(nll + found.total, nll, found.penalties, found.weights, found.solution)
+
+
+def solve_penalized(
+    flow: CNF,
+    x: Tensor,
+    context: Tensor | None = None,
+    regularizers: Sequence[Regularizer] | Regularizer | None = None,
+    factors: Sequence[float] | None = None,
+    first_steps: Sequence[float] | None = None,
+) -> Penalized:
+    """Carry a batch through a flow as the regularizers want it, and sum up their penalties (see :func:`objective`)."""
     terms = check_regularizers(regularizers)
     if factors is not None and len(factors) != len(terms):
         raise ValueError(f"expected {len(terms)} factors, one a regularizer, got {len(factors)}")
-    ends = [flow.T * _end_time(terms) for _ in range(flow.blocks)]
+    factors = [1.0] * len(terms) if factors is None else factors
+    ends = [flow.T * _end_time(terms, factors) for _ in range(flow.blocks)]
     named = [[r.sample_times() for r in terms] for _ in range(flow.blocks)]
     plan = [_merge([u for u in block if u is not None], end) for block, end in zip(named, ends, strict=True)]
     watched = any(term.watches_steps for term in terms)
-    solution = flow.solve_blocks(x, context, plan, ends=ends, watched=watched)
-    nll = -solution.log_prob.mean()
-    loss, penalties, weights = nll, {}, {}
+    solution = flow.solve_blocks(x, context, plan, first_steps=first_steps, ends=ends, watched=watched)
+    total, penalties, weights = x.new_zeros(()), {}, {}
     for i, term in enumerate(terms):
-        parts = []
-        for block, fractions, end in zip(solution.blocks, named, ends, strict=True):
-            own = fractions[i]
-            parts.append(term.penalty(block if own is None else block.at(own * end)))
-        penalty = torch.stack(parts).sum()
-        weight = term.weight * (1.0 if factors is None else factors[i])
+        parts, weight = [], term.weight * factors[i]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and weight > 0):
+            for block, fractions, end in zip(solution.blocks, named, ends, strict=True):
+                own = fractions[i]
+                parts.append(term.penalty(block if own is None else block.at(own * end)))
+            penalty = torch.stack(parts).sum()
         if weight > 0:
-            loss = loss + weight * penalty
+            total = total + weight * penalty
         label = term.name if term.name not in penalties else f"{term.name}-{i}"
         penalties[label], weights[label] = penalty.detach(), weight
-    return Objective(loss, nll, penalties, weights, solution)
+    return Penalized(total, penalties, weights, solution)
 
 
-def _end_time(terms: Sequence[Regularizer]) -> float:
-    drawn = [end for term in terms if (end := term.end_time()) is not None]
+def _end_time(terms: Sequence[Regularizer], factors: Sequence[float]) -> float:
+    drawn = [end for term, factor in zip(terms, factors, strict=True) if (end := term.end_time(factor)) is not None]
     if len(drawn) > 1:
         raise ValueError("only one regularizer can choose the end time of a solve")
     return drawn[0] if drawn else 1.0
@@ -90,4 +123,4 @@ def _merge(fractions: list[Tensor], T: float) -> Tensor | None:
     return torch.cat(fractions).mul(T).unique() if fractions else None
 
 
-__all__ = ["Objective", "objective"]
+__all__ = ["Objective", "Penalized", "objective", "solve_penalized"]

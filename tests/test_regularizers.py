@@ -15,8 +15,10 @@ from torch import Tensor
 from pycnf import CNF, TPR, Regularizer, Solution, Solver, SolveStats, objective
 from pycnf.regularizers import check_regularizers, describe_regularizers, parse_regularizers
 from pycnf.regularizers.polynomial import orthonormal_basis, polynomial_residual
+from pycnf.regularizers.times import LAWS
+from pycnf.solve import METHODS
+from pycnf.stepper import Attempt
 
-LAWS = ["uniform", "stratified", "chebyshev", "gauss"]
 T = 0.5
 
 
@@ -33,8 +35,10 @@ def polynomial(ts: Tensor, degree: int, batch: tuple[int, ...] = (6,), features:
     return torch.einsum("kp,p...->k...", powers, coefficients)
 
 
-def solution(ts: Tensor, z: Tensor, logp: Tensor | None = None) -> Solution:
-    return Solution(ts, z, logp, SolveStats())
+def solution(
+    ts: Tensor, z: Tensor, logp: Tensor | None = None, tolerance: tuple[float, float] | None = None
+) -> Solution:
+    return Solution(ts, z, logp, SolveStats(), tolerance=tolerance)
 
 
 # --- the value ---------------------------------------------------------------------------------
@@ -148,9 +152,126 @@ def test_per_dimension(channels: str) -> None:
     torch.testing.assert_close(scaled, plain / (3 * math.log(2)))
 
 
+# --- the language of the step control ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("degree", [0, 1, 3])
+def test_residuals_in_units_of_the_tolerance(degree: int) -> None:
+    """Mean square over times, batch and D of (I - G (G^T G)^-1 G^T) Z / (atol + rtol max_k |Z_k|), plus log p's."""
+    rtol, atol = 1e-2, 1e-3
+    ts = torch.tensor([0.0, 0.07, 0.2, 0.31, 0.42, 0.5]).double()
+    y = torch.randn(6, 7, 4).double() * torch.tensor([0.1, 1.0, 10.0, 100.0]).double()
+    g = ts.unsqueeze(1) ** torch.arange(degree + 1)
+    residual = y.flatten(1) - g @ torch.linalg.lstsq(g, y.flatten(1)).solution
+    square = (residual.view_as(y) / (atol + rtol * y.abs().max(0).values)).square().mean((0, 1))
+    held = solution(ts, y[..., :3], y[..., 3], (rtol, atol))
+    settings = {"degree": degree, "times": 4, "unit": "tolerance"}
+    for channels, want in (
+        ("z", square[:3].mean()),
+        ("logp", square[3]),
+        ("both", square[:3].mean() + 0.3 * square[3]),
+    ):
+        tpr = TPR(channels=channels, logp_weight=0.3 if channels == "both" else 1.0, **settings)  # type: ignore[arg-type]
+        torch.testing.assert_close(tpr.penalty(held), want, rtol=1e-9, atol=0)
+        rooted = dataclasses.replace(tpr, power=0.4)
+        torch.testing.assert_close(rooted.penalty(held), want**0.2, rtol=1e-9, atol=0)
+
+
+def test_relative_tolerance_forgets_the_size_of_the_states() -> None:
+    ts, z = torch.rand(5).double().sort().values, torch.randn(5, 6, 2).double()
+    tpr = TPR(unit="tolerance")
+    sizes = torch.tensor([1e-3, 1e4]).double()
+    want = tpr.penalty(solution(ts, z, tolerance=(1e-3, 0.0)))
+    torch.testing.assert_close(tpr.penalty(solution(ts, sizes * z, tolerance=(1e-3, 0.0))), want, rtol=1e-12, atol=0)
+    torch.testing.assert_close(tpr.penalty(solution(ts, z, tolerance=(1e-4, 0.0))), 100 * want, rtol=1e-12, atol=0)
+
+
+def test_no_gradient_passes_through_the_tolerance() -> None:
+    ts, z = torch.rand(5).double().sort().values, torch.randn(5, 6, 2).double().requires_grad_()
+    penalty = TPR(unit="tolerance").penalty(solution(ts, z, tolerance=(1e-2, 1e-3)))
+    scale = 1e-3 + 1e-2 * z.detach().abs().max(0).values
+    by_hand = polynomial_residual(ts, z / scale, 1) / 2
+    torch.testing.assert_close(torch.autograd.grad(penalty, z), torch.autograd.grad(by_hand, z))
+
+
+@pytest.mark.parametrize("degree", [0, 1, 2, 3])
+def test_a_root_of_the_residual_counts_pieces(degree: int) -> None:
+    """The residual of a degree p on a piece of length h falls like h^(p+1): its root of that order halves with h."""
+    tpr = TPR(degree=degree, times=degree + 3, law="gauss", unit="tolerance", power=1 / (degree + 1))
+    found = []
+    for h in (0.1, 0.05):
+        ts = h * torch.cat([torch.zeros(1), tpr.sample_times(), torch.ones(1)]).double()
+        z = torch.stack([torch.sin(ts + 1), torch.exp(-ts)], dim=1).unsqueeze(1)
+        found.append(float(tpr.penalty(solution(ts, z, tolerance=(1e-12, 1e-4)))))
+    assert found[0] / found[1] == pytest.approx(2, rel=0.05)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_solutions_know_the_tolerance_of_their_steps(method: str) -> None:
+    """The tolerance of a solution is that by which its steps were judged, None where they were not."""
+    kind = METHODS[method].kind
+    settings = {"n_steps": 4} if kind == "fixed" else {"rtol": 1e-2, "atol": 1e-3}
+    flow, x, seen = small_flow(), torch.randn(4, 2).double(), list[Attempt]()
+    solver = Solver(method=method, **settings)  # type: ignore[arg-type]
+    with torch.no_grad():
+        observer = (lambda _, attempt: seen.append(attempt)) if kind == "adaptive" else None
+        block = flow.solve_blocks(x, None, [None], solver=solver, watched=kind == "adaptive", observer=observer).blocks[
+            0
+        ]
+    if kind != "adaptive":
+        assert block.tolerance == (None if kind == "fixed" else (1e-2, 1e-3))
+        return
+    assert block.tolerance is not None
+    assert block.steps is not None
+    rtol, atol = block.tolerance
+    taken = [attempt for attempt in seen if attempt.accepted]
+    for attempt, scale, error in zip(taken, block.steps.scale, block.steps.error, strict=True):
+        want = atol + rtol * torch.maximum(attempt.y0.abs(), attempt.y1.abs())
+        torch.testing.assert_close(scale, want, rtol=1e-12, atol=0)
+        torch.testing.assert_close(error, attempt.error * want, rtol=1e-9, atol=1e-16)
+
+
+@pytest.mark.parametrize("samples", ["dense", "exact"])
+def test_dense_output_hides_high_degrees_of_a_single_step(samples: str) -> None:
+    flow, x = small_flow(tol=1e-6, method="dopri5"), torch.randn(8, 2).double()
+    with torch.no_grad():
+        for p in flow.parameters():
+            p.mul_(3)
+    flow.solver = Solver(first_step=1.0, min_step=1.0, samples=samples)  # type: ignore[arg-type]
+    values = [
+        float(objective(flow, x, regularizers=TPR(degree=p, times=6, law="gauss")).penalties["tpr"]) for p in (3, 4)
+    ]
+    assert values[0] > 1e-12
+    assert (values[1] < 1e-24) == (samples == "dense")
+
+
+def test_solves_without_tolerance_are_refused() -> None:
+    flow = small_flow(solver=Solver(method="rk4", n_steps=4))
+    with pytest.raises(ValueError, match="unit='tolerance' needs a solve that has one: take an adaptive method"):
+        objective(flow, torch.randn(4, 2).double(), regularizers=TPR(unit="tolerance"))
+
+
+def test_tolerances_do_not_move_the_default() -> None:
+    """The paper's penalty is the same number whatever the solve's tolerance."""
+    ts, z = torch.rand(5).double().sort().values, torch.randn(5, 6, 2).double()
+    want = TPR().penalty(solution(ts, z))
+    assert torch.equal(TPR().penalty(solution(ts, z, tolerance=(1e-3, 1e-3))), want)
+    assert torch.equal(want, polynomial_residual(ts, z, 1))
+
+
+# --- derivatives of the value --------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"degree": 0}, {"degree": 2, "times": 3}, {"channels": "both"}, {"channels": "logp"}],
+    [
+        {},
+        {"degree": 0},
+        {"degree": 2, "times": 3},
+        {"channels": "both"},
+        {"channels": "logp"},
+        {"channels": "both", "power": 0.5},
+    ],
     ids=str,
 )
 def test_gradcheck(settings: dict[str, object]) -> None:
@@ -205,6 +326,24 @@ def test_random_times_are_uniform(law: str) -> None:
     assert not torch.equal(tpr.sample_times(), tpr.sample_times())
     assert abs(float(u.mean()) - 0.5) <= 4.9 * math.sqrt(1 / 12 / len(u))
     assert abs(float(u.var()) - 1 / 12) <= 4.9 * math.sqrt(1 / 180 / len(u))
+
+
+@pytest.mark.parametrize("degree", [1, 3])
+def test_even_times_make_a_steadier_estimate(degree: int) -> None:
+    """On a smooth path the penalty at stratified times varies less than at uniform ones, at fixed ones not at all."""
+    spread = {}
+    for law in LAWS:
+        tpr = TPR(degree=degree, times=6, law=law)  # type: ignore[arg-type]
+        values = []
+        for _ in range(200):
+            ts = sampled(tpr)
+            values.append(
+                tpr.penalty(solution(ts, torch.stack([torch.sin(5 * ts), torch.exp(2 * ts)], 1).unsqueeze(1)))
+            )
+        spread[law] = float(torch.stack(values).std() / torch.stack(values).mean())
+    assert spread["stratified"] < 0.6 * spread["uniform"]
+    assert spread["gauss"] < 1e-12
+    assert spread["chebyshev"] < 1e-12
 
 
 # --- in the objective --------------------------------------------------------------------------
@@ -427,6 +566,10 @@ def test_unreadable_regularizers_are_refused(spec: str, message: str) -> None:
         ({"channels": "x"}, "unknown channels"),
         ({"logp_weight": -0.5}, "logp_weight >= 0"),
         ({"logp_weight": math.nan}, "logp_weight >= 0"),
+        ({"unit": "bits"}, "unknown unit 'bits': choose one of state, tolerance"),
+        ({"power": 0.0}, "finite power > 0, got 0"),
+        ({"power": math.inf}, "finite power > 0, got inf"),
+        ({"unit": "tolerance", "per_dimension": True}, "averages over D as it is: choose one"),
     ],
 )
 def test_impossible_settings_are_refused(settings: dict[str, object], message: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from pycnf.solution import Solution
+from pycnf.solution import BoundVelocity, Solution
 
 REGISTRY: dict[str, type[Regularizer]] = {}
 
@@ -26,15 +26,17 @@ class Regularizer(abc.ABC):
     A regularizer is a frozen dataclass: its fields are its settings. Before each solve of a block it may name
     sampled times and choose the end time; after the solve it turns the block's
     :class:`~pycnf.solution.Solution` into a scalar. Regularizers act in training only and never enter the step
-    control.
+    control. Neither do the calls of the field that a penalty makes count as the solve's: they are
+    ``evaluations``, and 0 for most.
 
     Attributes:
         weight: Factor of the penalty, >= 0.
         start: Training step from which the regularizer acts.
         ramp: Training steps in which the weight then rises linearly from 0; 0 for all at once.
         stop: Training step from which it no longer acts; None for never.
-        target_nfe: Evaluations of a training batch that the weight is steered to: it is doubled over some hundred
-            steps that spend twice as many, halved over as many that spend half; None to leave it.
+        target_nfe: Evaluations of a training batch that the weight is steered to, once it has its full size: it is
+            doubled over some hundred steps that spend twice as many, halved over as many that spend half; None to
+            leave it.
         name: Name on the command line and in records.
         watches_steps: Whether :meth:`penalty` reads the accepted steps, ``solution.steps``.
     """
@@ -69,8 +71,17 @@ class Regularizer(abc.ABC):
             return 0.0
         return min(1.0, (step - self.start + 1) / self.ramp) if self.ramp else 1.0
 
-    def end_time(self) -> float | None:
-        """Draw the end of one solve as a fraction of T; None for T."""
+    @property
+    def evaluations(self) -> int:
+        """Calls of the field that one :meth:`penalty` makes, beyond those of the solve that ``stats`` count."""
+        return 0
+
+    def end_time(self, factor: float = 1.0) -> float | None:
+        """Draw the end of one solve as a fraction of T; None for T.
+
+        Args:
+            factor: Factor on the weight at this step of training.
+        """
         return None
 
     def sample_times(self) -> Tensor | None:
@@ -130,6 +141,27 @@ def check_regularizers(regularizers: Sequence[Regularizer] | Regularizer | None)
         if not isinstance(r, Regularizer):
             raise TypeError(f"expected regularizers such as TPR(weight=5.0), got {r!r}")
     return tuple(regularizers)
+
+
+def check_choice(setting: str, value: object, allowed: Sequence[str]) -> None:
+    """Check that a setting is one of those allowed.
+
+    Raises:
+        ValueError: When it is not, with those that are.
+    """
+    if value not in allowed:
+        raise ValueError(f"unknown {setting} {value!r}: choose one of {', '.join(allowed)}")
+
+
+def bound_field(solution: Solution) -> BoundVelocity:
+    """Return the velocity of the block that was solved.
+
+    Raises:
+        ValueError: When the solution holds none, as one that is made by hand.
+    """
+    if solution.field is None:
+        raise ValueError("this regularizer evaluates the field: expected a solution of a flow, got one without field")
+    return solution.field
 
 
 def _parse_term(term: str) -> Regularizer:

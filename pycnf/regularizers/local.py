@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from pycnf.regularizers.base import Regularizer
-from pycnf.regularizers.polynomial import Channels
+from pycnf.regularizers.base import Regularizer, check_choice
+from pycnf.regularizers.polynomial import CHANNELS, UNITS, Channels, Unit, positive_power
 from pycnf.solution import Solution, Steps
-
-Unit = Literal["tolerance", "state"]
 
 
 @dataclass(frozen=True)
 class LocalError(Regularizer):
     r"""Penalize the embedded error estimates of the accepted steps.
 
-    With the error estimate e_j (B x C) of step j and its tolerance s_j = atol + rtol max(|y_j|, |y_{j+1}|),
+    With the error estimate e_j (B x C) of step j and its tolerance ``s_j = atol + rtol * max(|y_j|, |y_{j+1}|)``,
 
         E = sum_j rho_j^q,    rho_j^2 = mean_B sum_D (e_j / s_j)^2 / D + mean_B (e_j / s_j)^2 of log p,
 
@@ -28,6 +26,12 @@ class LocalError(Regularizer):
     method of order p could have been rho_j^(-1/p) times as large: with q = 1/p the penalty is the number of steps
     that the solve would need if each were as large as its tolerance allows. The estimates are linear in the slopes
     of the step, so the penalty costs no evaluation, and its gradient passes through the solve like the states'.
+
+    This is a regression residual on each step, and so a relative of TPR. The weights d of the estimate
+    e = h sum_i d_i k_i annihilate polynomials: sum_i d_i c_i^m = 0 at the nodes c for all m below the order p' of the
+    embedded solution. Hence e = h d^T R k with the projection R of the slopes k away from the polynomials of degree
+    below p' at c: one functional of what the lower order of the pair cannot integrate, which also sees the stages
+    leave the trajectory. The step's dense output, a quartic, would hide just that from a regression of degree >= 4.
 
     Args:
         weight: Factor of the penalty.
@@ -56,10 +60,8 @@ class LocalError(Regularizer):
         super().__post_init__()
         if not (self.power > 0 and math.isfinite(self.power)):
             raise ValueError(f"expected a finite power > 0, got {self.power}")
-        if self.unit not in ("tolerance", "state"):
-            raise ValueError(f"unknown unit {self.unit!r}: choose one of tolerance, state")
-        if self.channels not in ("z", "logp", "both"):
-            raise ValueError(f"unknown channels {self.channels!r}: choose one of z, logp, both")
+        check_choice("unit", self.unit, UNITS)
+        check_choice("channels", self.channels, CHANNELS)
 
     def penalty(self, solution: Solution) -> Tensor:
         """Return E of one block, a scalar (see :class:`LocalError`)."""
@@ -75,7 +77,7 @@ class LocalError(Regularizer):
                 raise ValueError(f"channels={self.channels!r} needs the log-density: solve with density=True")
             square = square + error[..., D].pow(2).mean(1)
         sizes = 1.0 if scaled else steps.h.abs().to(square)
-        return (_power(square, self.power / 2) * sizes).sum()
+        return (positive_power(square, self.power / 2) * sizes).sum()
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class Stiffness(Regularizer):
         stages = steps.stage_change.flatten(1).pow(2).sum(1)
         # where the stages agree to rounding the field is straight, and the quotient would be noise
         resolved = stages.detach() > torch.finfo(stages.dtype).eps ** 2 * steps.scale.flatten(1).pow(2).sum(1)
-        quotient = _power(slopes, 0.5) / _power(stages.clamp_min(torch.finfo(stages.dtype).tiny), 0.5)
+        quotient = positive_power(slopes, 0.5) / positive_power(stages.clamp_min(torch.finfo(stages.dtype).tiny), 0.5)
         return torch.where(resolved, quotient, torch.zeros_like(quotient)).sum() / max(len(quotient), 1)
 
 
@@ -119,12 +121,6 @@ def _steps(solution: Solution) -> Steps:
             "gradient='backprop'"
         )
     return solution.steps
-
-
-def _power(x: Tensor, power: float) -> Tensor:
-    """Return x^power for x >= 0, with gradient 0 where x = 0."""
-    zero = x == 0
-    return torch.where(zero, torch.zeros_like(x), torch.where(zero, torch.ones_like(x), x).pow(power))
 
 
 __all__ = ["LocalError", "Stiffness"]
