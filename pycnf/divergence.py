@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from pycnf.convolution import ConvNet
+from pycnf.convolution_tangents import ConvolutionPass
 from pycnf.dynamics import check_closure
 from pycnf.fields import MLP
-from pycnf.tangents import OnePass
+from pycnf.tangents import OnePass, Pullback
 
 
 class BoundField(Protocol):
@@ -25,6 +27,20 @@ class BoundField(Protocol):
     tensors: tuple[Tensor, ...]
 
     def __call__(self, t: Tensor, z: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+@runtime_checkable
+class LinearizedField(BoundField, Protocol):
+    """Evaluate as a :class:`BoundField`, with a reverse pass that is written out where ``pullable``.
+
+    ``linearize(t, z)`` returns v, div v and a function (gv, gdiv, grads) -> gz that adds to ``grads`` the gradients of
+    the tensors ``prepared``, from which automatic differentiation goes on, once per solve.
+    """
+
+    pullable: bool
+    prepared: tuple[Tensor, ...]
+
+    def linearize(self, t: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Pullback]: ...
 
 
 class Divergence(Protocol):
@@ -39,12 +55,13 @@ class Divergence(Protocol):
 class Exact:
     r"""Compute div v = sum_i dv_i / dz_i exactly.
 
-    Every mode costs one call of the field per evaluation. ``"auto"`` takes the closed form of an
-    :class:`~pycnf.fields.MLP` (:class:`~pycnf.tangents.OnePass`, differentiable once) and ``"reverse"`` for any other
-    field, which pulls D cotangents back, one after another. ``"forward"`` pushes the D unit tangents through the
-    field together (``torch.func``): often faster, but it rests on torch's forward-mode formulas, and some of them
-    (layer normalization among them) have wrong derivatives of their own, so check gradients before you train with
-    it.
+    Every mode costs one call of the field per evaluation. ``"auto"`` takes what is written out for a shipped field, an
+    :class:`~pycnf.fields.MLP` or a :class:`~pycnf.convolution.ConvNet`, differentiable once; or by a field's class of
+    your own in a method ``one_pass(z, context, probes)`` that returns a :class:`BoundField` (probes (m, B, D), None for
+    the exact divergence); and ``"reverse"`` for any other field, which pulls D cotangents back, one after another.
+    ``"forward"`` pushes the D unit tangents through the field together (``torch.func``): often faster, but it rests on
+    torch's forward-mode formulas, and some of them (layer normalization among them) have wrong derivatives of their
+    own, so check gradients before you train with it.
 
     Args:
         mode: How the divergence is formed.
@@ -63,8 +80,8 @@ class Exact:
 
     def bind(self, field: nn.Module, z: Tensor, context: Tensor | None) -> BoundField:
         """Bind to a field for one solve (see :class:`Divergence`)."""
-        if self.mode == "auto" and type(field) is MLP:
-            return OnePass(field, z, context, None)
+        if self.mode == "auto" and (shipped := _one_pass(field, z, context, None)) is not None:
+            return shipped
         return _Forward(field, context) if self.mode == "forward" else _Reverse(field, context, None)
 
     def __str__(self) -> str:
@@ -106,9 +123,7 @@ class Hutchinson:
             eps = torch.randn(shape, dtype=z.dtype, device=z.device)
         else:
             eps = torch.randint(0, 2, shape, device=z.device).to(z.dtype) * 2 - 1
-        if type(field) is MLP:
-            return OnePass(field, z, context, eps)
-        return _Reverse(field, context, eps)
+        return _one_pass(field, z, context, eps) or _Reverse(field, context, eps)
 
     def __str__(self) -> str:
         return f"hutchinson-{self.noise}" + (f"-{self.probes}" if self.probes > 1 else "")
@@ -143,6 +158,16 @@ def call_field(field: nn.Module, t: Tensor, z: Tensor, context: Tensor | None) -
         got = tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__
         raise ValueError(f"the field must return velocities shaped like z, {tuple(z.shape)}, got {got}")
     return v
+
+
+def _one_pass(field: nn.Module, z: Tensor, context: Tensor | None, probes: Tensor | None) -> BoundField | None:
+    """Bind a field that forms v and div v in one pass; None for any other, a subclass of such a field included."""
+    if type(field) is MLP:
+        return OnePass(field, z, context, probes)
+    if type(field) is ConvNet:
+        return ConvolutionPass(field, z, context, probes)
+    bind = vars(type(field)).get("one_pass")
+    return None if bind is None else bind(field, z, context, probes)
 
 
 def _closed_over(field: nn.Module, context: Tensor | None) -> tuple[Tensor, ...]:
@@ -209,4 +234,4 @@ class _Reverse:
         return (v, div) if graph else (v.detach(), div.detach())
 
 
-__all__ = ["BoundField", "Divergence", "Exact", "Hutchinson", "call_field", "parse_divergence"]
+__all__ = ["BoundField", "Divergence", "Exact", "Hutchinson", "LinearizedField", "call_field", "parse_divergence"]

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pycnf.divergence import BoundField, call_field
+from pycnf.divergence import BoundField, LinearizedField, call_field
 from pycnf.dynamics import Pullback
 from pycnf.solution import Steps
 from pycnf.stepper import Watch
 from pycnf.tableau import tableau
-from pycnf.tangents import OnePass
 
 
 class JointDynamics:
@@ -31,7 +30,7 @@ class JointDynamics:
 class _PullableDynamics(JointDynamics):
     """Move (z, log p) together, with the pullback that the field has at hand."""
 
-    bound: OnePass
+    bound: LinearizedField
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -63,7 +62,8 @@ class StateDynamics:
 
 def joint_dynamics(bound: BoundField) -> JointDynamics:
     """Return the joint dynamics of a bound field, with its written-out pullback where it has one."""
-    return _PullableDynamics(bound) if isinstance(bound, OnePass) and bound.pullable else JointDynamics(bound)
+    pullable = isinstance(bound, LinearizedField) and bound.pullable
+    return _PullableDynamics(bound) if pullable else JointDynamics(bound)
 
 
 def channel_norm(features: int) -> Callable[[Tensor], Tensor]:

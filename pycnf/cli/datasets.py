@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pycnf import images
 from pycnf.cli import options as o
 from pycnf.cli.tables import console, data_table
 from pycnf.data import describe, fetch, names
@@ -23,9 +24,10 @@ def list_data(data_dir: o.DataDir = None, as_json: o.Json = False) -> None:
     For example: `pycnf data list --data-dir ~/data`
     """
     rows: list[dict[str, Any]] = []
-    for name in names():
-        found = describe(name, data_dir)
-        missing = f"no: pycnf data fetch {name}" if found.fetchable else "no"
+    found_sets = [describe(name, data_dir) for name in names()]
+    found_sets += [images.describe(name, data_dir) for name in images.SOURCES]
+    for found in found_sets:
+        missing = f"no: pycnf data fetch {found.name}" if found.fetchable else "no"
         where = (str(found.path) if found.path else "yes") if found.present else missing
         rows.append(to_plain(dataclasses.asdict(found)) | {"where": where})
     if as_json:
@@ -40,10 +42,11 @@ def fetch_data(
     data_dir: o.DataDir = None,
     quiet: o.Quiet = False,
 ) -> None:
-    """Download a benchmark table from its public source, check it and unpack it.
+    """Download a benchmark table or a set of images from its public source, check it and unpack it.
 
     For example: `pycnf data fetch power-full`
     """
     o.say(f"Fetching {name} …", quiet=quiet)
-    for path in fetch(name, data_dir, progressbar=not quiet):
+    get = images.fetch if name in images.SOURCES else fetch
+    for path in get(name, data_dir, progressbar=not quiet):
         typer.echo(str(path))

@@ -71,7 +71,7 @@ for _numpy in ("numpy.core", "numpy._core"):
     _ALLOWED[f"{_numpy}.numeric", "_frombuffer"] = _from_buffer
 
 
-class _FrameUnpickler(pickle.Unpickler):
+class SafeUnpickler(pickle.Unpickler):
     """Resolve the names of a pickle to NumPy's constructors and inert records only."""
 
     def find_class(self, module: str, name: str) -> Any:
@@ -97,7 +97,7 @@ def read_frame_pickle(path: Path) -> dict[str, NDArray[np.float64]]:
     """
     try:
         with path.open("rb") as file:
-            frame = _FrameUnpickler(file, encoding="latin1").load()
+            frame = SafeUnpickler(file, encoding="latin1").load()
     except OSError as err:
         raise DataError(f"{path}: cannot be read: {err}") from err
     except Exception as err:  # a damaged pickle can raise anything
