@@ -31,9 +31,9 @@ from pycnf.training import (
     TrainingOptions,
     evaluate,
     fit,
-    keeper,
     load_flow,
     save_flow,
+    task,
 )
 from pycnf.training.batches import Batches
 from pycnf.training.folder import read_checkpoint
@@ -518,7 +518,7 @@ def test_interrupt_before_the_first_step(tmp_path: Path) -> None:
 
 def test_interrupt_in_a_validation_repeats_it_on_resuming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(tmp_path / "straight", 12)
-    whole = keeper.evaluate_rows
+    whole = task.evaluate_rows
 
     def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
@@ -527,9 +527,9 @@ def test_interrupt_in_a_validation_repeats_it_on_resuming(tmp_path: Path, monkey
         run(
             tmp_path / "broken",
             12,
-            callbacks=[At(7, lambda _: monkeypatch.setattr(keeper, "evaluate_rows", stop))],
+            callbacks=[At(7, lambda _: monkeypatch.setattr(task, "evaluate_rows", stop))],
         )
-    monkeypatch.setattr(keeper, "evaluate_rows", whole)
+    monkeypatch.setattr(task, "evaluate_rows", whole)
     run(tmp_path / "broken", 12, resume=True)
     assert_same_state(last_state(tmp_path / "straight"), last_state(tmp_path / "broken"))
 

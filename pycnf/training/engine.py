@@ -6,7 +6,7 @@ import io
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from pycnf.flow import CNF
-from pycnf.objective import Objective, objective
+from pycnf.objective import Objective
 from pycnf.records import write_bytes
-from pycnf.regularizers import Regularizer
 from pycnf.training.batches import Rows, seed_all
 from pycnf.training.evaluation import Evaluation
 from pycnf.training.folder import TENSORBOARD, Row, RunFolder, read_checkpoint
 from pycnf.training.options import TrainingOptions
+from pycnf.training.task import Task
 from pycnf.training.weights import WeightControl
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "adamax": torch.optim.Adamax}
@@ -35,21 +34,23 @@ class NonFiniteLoss(RuntimeError):
 
 
 class FlowModule(LightningModule):
-    """Train a flow on its objective; everything random in a step is drawn from (seed, step)."""
+    """Train a model on its objective; everything random in a step is drawn from (seed, step)."""
 
-    def __init__(self, flow: CNF, regularizers: Sequence[Regularizer], options: TrainingOptions) -> None:
+    def __init__(self, task: Task, options: TrainingOptions) -> None:
         super().__init__()
-        self.flow, self.regularizers, self.options = flow, regularizers, options
-        self.weights = WeightControl(regularizers)
+        self.flow, self.task, self.options = task.model, task, options
+        self.weights = WeightControl(task.regularizers)
+        self.first_steps: tuple[float, ...] | None = None
         self.result: Objective | None = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what steering has made of the weights of the regularizers."""
-        checkpoint["weights"] = self.weights.powers
+        """Keep what steering has made of the weights of the regularizers, and the steps to start with."""
+        checkpoint["weights"], checkpoint["first_steps"] = self.weights.powers, self.first_steps
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up steering where it was left."""
+        """Take up steering and steps where they were left."""
         self.weights.powers = list(checkpoint.get("weights", self.weights.powers))
+        self.first_steps = checkpoint.get("first_steps")
 
     def on_train_batch_start(self, batch: Rows, batch_idx: int) -> None:
         """Seed the generators for this step."""
@@ -57,8 +58,10 @@ class FlowModule(LightningModule):
 
     def training_step(self, batch: Rows, batch_idx: int) -> Tensor:
         """Return the loss of a batch."""
-        factors = self.weights.factors(self.trainer.global_step)
-        self.result = objective(self.flow, *batch, self.regularizers, factors)
+        step = self.trainer.global_step
+        self.result = self.task.objective(batch, step, self.weights.factors(step), self.first_steps)
+        if self.options.warm_start:
+            self.first_steps = self.result.solution.openings
         self.weights.update(self.result.solution.stats.nfe)
         if not torch.isfinite(self.result.loss):
             parts = {"nll": self.result.nll, **self.result.penalties}
@@ -128,6 +131,7 @@ class Recorder(Callback):
             "lr": self.lr,
         }
         row |= {f"penalty_{name}": value.item() for name, value in result.penalties.items()}
+        row |= {name: getattr(result, name).item() for name in pl_module.task.columns}
         row |= {f"weight_{name}": weight for name, weight in result.weights.items()}
         row["seconds"] = time.perf_counter() - self._began
         self._add(row)

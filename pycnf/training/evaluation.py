@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pycnf.flow import CNF
+from pycnf.scale import Batched, Order, log_prob
+from pycnf.scale import evaluation_mode as evaluation_mode
 from pycnf.solve import Solver
-from pycnf.training.batches import check_context, check_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,76 +46,86 @@ class Evaluation:
 
 
 def evaluate(
-    flow: CNF, data: Any, context: Any = None, *, batch_size: int = 1000, solver: Solver | None = None
+    flow: CNF,
+    data: Any,
+    context: Any = None,
+    *,
+    batch_size: int = 1000,
+    solver: Solver | None = None,
+    warm_start: bool = True,
+    order: Order = "given",
+    workers: int = 1,
+    device: str | None = None,
+    progress: bool | str = False,
 ) -> Evaluation:
     """Compute the mean negative log-likelihood of data under a flow in evaluation mode.
 
     Runs without gradients, with the flow's ``eval_solver`` and ``eval_divergence``, and leaves the flow in
-    the mode in which it was. All rows are used; the last batch may be smaller.
+    the mode in which it was. All rows are used; the last batch may be smaller. :func:`pycnf.scale.log_prob`, which
+    does the work, gives the log-density of each row.
 
     Args:
         flow: The flow.
-        data: Rows, shape (N, D); converted to the flow's precision.
+        data: Rows, shape (N, D); converted to the flow's precision batch by batch, so that a memory-mapped array
+            or the path of a .npy file may be larger than the memory.
         context: Their context, shape (N, C), for a flow with context.
-        batch_size: Rows per batch. The number of evaluations depends on it: the hardest row sets the step.
+        batch_size: Rows per batch. The number of evaluations depends on it: the rows of a batch share their steps.
         solver: Solver in place of ``flow.eval_solver``.
+        warm_start: Start the solve of each batch with the step that the one before suggests, in place of the
+            method's own choice.
+        order: "difficulty" makes batches of rows of like difficulty (:func:`pycnf.scale.log_prob`).
+        workers: Number of processes, with one thread each.
+        device: Where to solve, None for where the flow is.
+        progress: Show a progress bar; a string is its label.
 
     Returns:
         The evaluation.
 
     Raises:
         ValueError: The data do not fit the flow, or hold NaN or infinity.
-        pycnf.solution.SolveError: A solve failed.
+        pycnf.scale.BatchError: A solve failed.
     """
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"expected an integer batch_size >= 1, got {batch_size!r}")
-    weight = next(flow.parameters())
-    rows = check_rows("data", data, flow.features, weight.dtype)
-    given = check_context("context", context, len(rows), flow.context, weight.dtype)
-    return evaluate_rows(flow, (rows, given), batch_size=batch_size, solver=solver)
+    began = time.perf_counter()
+    found = log_prob(
+        flow,
+        data,
+        context,
+        batch_size=batch_size,
+        solver=solver,
+        warm_start=warm_start,
+        order=order,
+        workers=workers,
+        device=device,
+        progress=progress,
+    )
+    return summarize(found, batch_size, solver or flow.eval_solver, time.perf_counter() - began)
 
 
 def evaluate_rows(
-    flow: CNF, rows: tuple[Tensor, Tensor | None], *, batch_size: int, solver: Solver | None = None
+    flow: CNF,
+    rows: tuple[Tensor, Tensor | None],
+    *,
+    batch_size: int,
+    solver: Solver | None = None,
+    warm_start: bool = True,
 ) -> Evaluation:
-    """Do the work of :func:`evaluate` on rows that have been checked."""
-    table, context = rows
-    device = next(flow.parameters()).device
-    used = flow.eval_solver if solver is None else solver
-    began = time.perf_counter()
-    log_prob, nfe, accepted, rejected = [], 0, 0, 0
-    starts = range(0, len(table), batch_size)
-    with evaluation_mode(flow), torch.no_grad():
-        for i in starts:
-            x = table[i : i + batch_size].to(device)
-            given = None if context is None else context[i : i + batch_size].to(device)
-            solution = flow.solve(x, given, solver=used)
-            log_prob.append(solution.log_prob.double())
-            stats = solution.stats
-            nfe, accepted, rejected = nfe + stats.nfe, accepted + stats.accepted, rejected + stats.rejected
-    nll = -torch.cat(log_prob)
+    """Do :func:`evaluate` on rows and their context."""
+    return evaluate(flow, *rows, batch_size=batch_size, solver=solver, warm_start=warm_start)
+
+
+def summarize(found: Batched, batch_size: int, solver: Solver, seconds: float) -> Evaluation:
+    """Return what log-densities that were computed in batches come to."""
+    nll = -found.values.double()
     return Evaluation(
         nll=nll.mean().item(),
         nll_se=nll.std().item() / len(nll) ** 0.5 if len(nll) > 1 else float("nan"),
         rows=len(nll),
         batch_size=batch_size,
-        nfe=nfe / len(starts),
-        accepted=accepted / len(starts),
-        rejected=rejected / len(starts),
-        seconds=time.perf_counter() - began,
-        method=used.method,
-        rtol=used.rtol,
-        atol=used.atol,
+        nfe=found.stats.nfe / found.batches,
+        accepted=found.stats.accepted / found.batches,
+        rejected=found.stats.rejected / found.batches,
+        seconds=seconds,
+        method=solver.method,
+        rtol=solver.rtol,
+        atol=solver.atol,
     )
-
-
-@contextmanager
-def evaluation_mode(flow: CNF) -> Iterator[None]:
-    """Put every module of the flow into evaluation mode, and back into the mode it had."""
-    modes = {module: module.training for module in flow.modules()}
-    flow.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

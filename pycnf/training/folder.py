@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pycnf.flow import CNF
+from pycnf.images.flow import ImageFlow
 from pycnf.records import read_json, run_record, write_bytes, write_json
 
 CONFIG = "config.json"
@@ -24,6 +25,7 @@ RECORD = "record.json"
 TENSORBOARD = "tensorboard"
 
 Row = dict[str, Any]
+KINDS: dict[str, type[CNF]] = {"CNF": CNF, "ImageFlow": ImageFlow}
 
 
 def save_flow(flow: CNF, folder: str | Path) -> None:
@@ -62,28 +64,38 @@ def load_flow(folder: str | Path, *, into: CNF | None = None) -> CNF:
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}")
     flow = _build(folder / CONFIG) if into is None else into
-    weights = read_weights(folder / WEIGHTS)
-    wanted = flow.state_dict()
+    load_weights(folder / WEIGHTS, flow, cast=into is None)
+    return flow.eval()
+
+
+def load_weights(path: Path, model: nn.Module, *, cast: bool) -> None:
+    """Give a model the tensors of a safetensors file, and with ``cast`` their precision.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged, or does not fit the model.
+    """
+    weights = read_weights(path)
+    wanted = model.state_dict()
     missing, extra = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
     if missing or extra:
         what = f"{missing[0]!r} is missing" if missing else f"{extra[0]!r} is not wanted"
-        raise ValueError(f"{folder / WEIGHTS} does not fit the flow: {what}")
+        raise ValueError(f"{path} does not fit the flow: {what}")
     for name, tensor in wanted.items():
         if tensor.shape != weights[name].shape:
             raise ValueError(
-                f"{folder / WEIGHTS} does not fit the flow: expected {name} of shape {tuple(tensor.shape)}, "
+                f"{path} does not fit the flow: expected {name} of shape {tuple(tensor.shape)}, "
                 f"got {tuple(weights[name].shape)}"
             )
-    if into is None:
-        flow.to(next(iter(weights.values())).dtype)
-    flow.load_state_dict(weights)
-    return flow.eval()
+    if cast:
+        model.to(next(iter(weights.values())).dtype)
+    model.load_state_dict(weights)
 
 
 def describe_flow(flow: CNF) -> Row:
     """Return ``flow.config``, or what can be said of a flow whose fields are the user's own."""
     try:
-        return flow.config
+        return flow.config if type(flow) is CNF else {"kind": type(flow).__name__, **flow.config}
     except ValueError:
         return {
             "features": flow.features,
@@ -109,8 +121,8 @@ def _build(path: Path) -> CNF:
             "build the flow in code and call load_flow(folder, into=flow)"
         )
     try:
-        return CNF(**settings)
-    except (TypeError, ValueError) as err:
+        return KINDS[settings.pop("kind", "CNF")](**settings)
+    except (KeyError, TypeError, ValueError) as err:
         raise ValueError(f"{path} does not describe a flow of this version: {err}") from err
 
 

@@ -15,12 +15,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from pycnf.flow import CNF
 from pycnf.training.batches import Rows, seed_all
 from pycnf.training.engine import NonFiniteLoss, Recorder
-from pycnf.training.evaluation import evaluate_rows
 from pycnf.training.folder import CHECKPOINT, WEIGHTS, RunFolder, write_weights
 from pycnf.training.options import TrainingOptions
+from pycnf.training.task import Task
 
 
 class Keeper(Callback):
@@ -31,13 +30,13 @@ class Keeper(Callback):
 
     def __init__(
         self,
-        flow: CNF,
+        task: Task,
         validation: Rows | None,
         options: TrainingOptions,
         folder: RunFolder | None,
         recorder: Recorder,
     ) -> None:
-        self.flow, self.validation, self.options = flow, validation, options
+        self.task, self.flow, self.validation, self.options = task, task.model, validation, options
         self.folder, self.recorder = folder, recorder
         self.best: dict[str, Tensor] | None = None
         self.best_nll, self.best_step = math.inf, 0
@@ -105,7 +104,7 @@ class Keeper(Callback):
         device = next(self.flow.parameters()).device
         size = self.options.eval_batch_size or self.options.batch_size
         seed_all(self.options.seed, self.step, stream=3, device=device)
-        result = evaluate_rows(self.flow, self.validation, batch_size=size)
+        result = self.task.evaluate(self.validation, size, warm_start=self.options.warm_start)
         if not math.isfinite(result.nll):
             raise NonFiniteLoss(f"the held-out NLL is {result.nll}. Try: a smaller lr, gradient clipping (clip=1.0)")
         self.recorder.add_validation(self.step, lr, result)
@@ -122,7 +121,7 @@ class Keeper(Callback):
     def _validate(self, trainer: Trainer) -> None:
         lr = _lr(trainer.optimizers[0])
         nll = self.validate(lr)
-        if nll is not None and self._plateau is not None:
+        if nll is not None and self._plateau is not None and self.step >= self.task.settled:
             self._plateau.step(nll)
             if _lr(trainer.optimizers[0]) < lr:
                 self.drops += 1

@@ -13,6 +13,7 @@ from pycnf.training.batches import Rows, check_context, check_rows, fingerprint
 from pycnf.training.folder import Row, RunFolder, describe_flow
 from pycnf.training.options import OptimizerName, ScheduleName, TrainingOptions, resolve_device
 from pycnf.training.results import FitResult
+from pycnf.training.task import FlowTask
 
 
 def fit(
@@ -33,6 +34,7 @@ def fit(
     patience: int = 20,
     lr_drops: int = 2,
     validate_every: int = 200,
+    warm_start: bool = True,
     clip: float | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -75,6 +77,7 @@ def fit(
         patience: Validations without improvement before the learning rate drops.
         lr_drops: Drops before the run stops.
         validate_every: Steps between two validations, and between two checkpoints.
+        warm_start: Start each solve with the step that the last one suggests.
         clip: Largest norm of the gradient.
         seed: Seed of the order of the rows, the divergence probes and the sampled times. (The initial weights
             come with the flow: call ``torch.manual_seed`` before building it.)
@@ -119,6 +122,7 @@ def fit(
         patience=patience,
         lr_drops=lr_drops,
         validate_every=validate_every,
+        warm_start=warm_start,
         clip=clip,
         seed=seed,
         device=device,
@@ -140,7 +144,8 @@ def fit(
 
     from pycnf.training.run import Run  # brings Lightning along, which takes seconds to import
 
-    run = Run(flow, rows, held_out, terms, options, where, folder, label if progress else None, tuple(callbacks))
+    task = FlowTask(flow, terms)
+    run = Run(task, rows, held_out, options, where, folder, label if progress else None, tuple(callbacks))
     return run.execute(data_name)
 
 

@@ -33,6 +33,9 @@ class TrainingOptions:
         patience: Validations in a row without improvement before the learning rate drops.
         lr_drops: Drops of the learning rate before the run stops.
         validate_every: Steps between two validations, and between two checkpoints.
+        warm_start: Whether each solve starts with the step that the last solve's experience suggests, in training
+            and from batch to batch of a validation. Otherwise the method chooses it anew every time, which costs an
+            evaluation and usually a needlessly short step.
         clip: Largest 2-norm of the gradient of all parameters; None leaves it as it is.
         seed: Seed of everything random in training: order of the rows, divergence probes, sampled times.
             What is random in step s depends on (seed, s) alone, so a resumed run repeats the same draws.
@@ -60,6 +63,7 @@ class TrainingOptions:
     patience: int = 20
     lr_drops: int = 2
     validate_every: int = 200
+    warm_start: bool = True
     clip: float | None = None
     seed: int = 0
     device: str = "auto"

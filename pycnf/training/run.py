@@ -15,7 +15,6 @@ import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Trainer
 
-from pycnf.flow import CNF
 from pycnf.records import device_name
 from pycnf.regularizers import Regularizer, describe_regularizers
 from pycnf.solution import SolveError
@@ -25,6 +24,7 @@ from pycnf.training.folder import CHECKPOINT, WEIGHTS, Row, RunFolder, write_wei
 from pycnf.training.keeper import Keeper, interruptible
 from pycnf.training.options import TrainingOptions
 from pycnf.training.results import FitResult, TrainingError, TrainingInterrupted
+from pycnf.training.task import Task
 
 RESIDENT = 2 * 2**30  # bytes of training rows that are moved to a GPU once instead of batch by batch
 _COLUMNS = ("step", "split", "loss", "nll", "nfe", "nfe_backward", "accepted", "rejected", "stopped", "lr")
@@ -45,25 +45,24 @@ class Run:
 
     def __init__(
         self,
-        flow: CNF,
+        task: Task,
         rows: Rows,
         held_out: Rows | None,
-        terms: tuple[Regularizer, ...],
         options: TrainingOptions,
         device: torch.device,
         folder: RunFolder | None,
         label: str | None,
         callbacks: tuple[Any, ...],
     ) -> None:
-        self.flow, self.rows, self.terms, self.options = flow, rows, terms, options
+        self.task, self.flow, self.rows, self.options = task, task.model, rows, options
         self.device, self.folder, self.callbacks = device, folder, callbacks
-        self.home = next(flow.parameters()).device
+        self.home = next(self.flow.parameters()).device
         self.began = datetime.now(UTC)
         checkpoint = None if folder is None else folder.checkpoint
         self.start = 0 if checkpoint is None else int(checkpoint["global_step"])
-        columns = [*_COLUMNS, *_penalty_columns(terms), "seconds"]
+        columns = [*_COLUMNS, *task.columns, *_penalty_columns(task.regularizers), "seconds"]
         self.recorder = Recorder(folder, columns, lr=options.lr, bar=label)
-        self.keeper = Keeper(flow, held_out, options, folder, self.recorder)
+        self.keeper = Keeper(task, held_out, options, folder, self.recorder)
         if folder is not None and checkpoint is not None:
             self._restore(checkpoint)
             self.recorder.history = folder.read_metrics(self.start, self.keeper.validated)
@@ -122,7 +121,7 @@ class Run:
         self.flow.train()
         resident = sum(part.nbytes for part in self.rows if part is not None) <= RESIDENT
         rows = _to(self.rows, self.device) if resident else self.rows
-        module = FlowModule(self.flow, self.terms, self.options)
+        module = FlowModule(self.task, self.options)
         with _quiet():
             trainer = Trainer(
                 accelerator="gpu" if self.device.type == "cuda" else "cpu",
@@ -195,14 +194,11 @@ class Run:
     def _record(self, data_name: str | None, status: str, result: FitResult | None = None, **more: Any) -> None:
         if self.folder is None:
             return
-        solver = self.flow.solver
         fields: Row = {
             "data": data_name,
-            "regularizer": describe_regularizers(self.terms),
+            "regularizer": describe_regularizers(self.task.regularizers),
             "seed": self.options.seed,
-            "method": solver.method,
-            "rtol": solver.rtol,
-            "atol": solver.atol,
+            **self.task.describe(),
             "parameters": sum(p.numel() for p in self.flow.parameters()),
             "started": self.began.isoformat(timespec="seconds"),
             "steps": self.keeper.step,
