@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 import pycnf
+from pycnf.cli.benching import bench_app
 from pycnf.cli.comparing import compare
 from pycnf.cli.crosschecking import crosscheck, julia
 from pycnf.cli.datasets import data_app
@@ -71,6 +72,7 @@ def _common(
 
 for _command in (compare, train, evaluate, sample, diagnose, crosscheck, julia):
     app.command()(_command)
+app.add_typer(bench_app, name="bench")
 app.add_typer(data_app, name="data")
 
 

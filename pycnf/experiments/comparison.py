@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -15,11 +13,9 @@ from typing import Any
 from pycnf.data import Dataset, load
 from pycnf.experiments.arms import Arm, describe_tolerance, parse_arms, parse_seeds
 from pycnf.experiments.results import ComparisonResult
-from pycnf.experiments.runs import FAILURES, Row, identify, train_and_test
-from pycnf.experiments.setup import setup_for
+from pycnf.experiments.runs import FAILURES, Row, data_fingerprint, digest, identify, train_and_test
+from pycnf.experiments.setup import setup_for, setup_on
 from pycnf.records import read_json, write_json
-from pycnf.training.batches import fingerprint
-from pycnf.training.options import resolve_device
 
 RECORD = "comparison.json"
 RUNS = "runs"
@@ -81,14 +77,8 @@ def compare(
     for tolerance in test_tolerances:
         dataclasses.replace(setup, test_rtol=tolerance, test_atol=tolerance)
     dataset = data if isinstance(data, Dataset) else load(data, data_dir=data_dir)
-    setup = dataclasses.replace(setup_for(name, settings, rows=len(dataset.train)))
-    setup = dataclasses.replace(setup, device=str(resolve_device(setup.device)))
-    if setup.batch_size > len(dataset.train):
-        raise ValueError(
-            f"batch_size {setup.batch_size} is larger than the {len(dataset.train)} training rows of {name}"
-        )
+    setup = setup_on(dataset, name, settings)
     arms = parse_arms(regularizers, setup, allow_unequal_tolerance=allow_unequal_tolerance)
-    setup.build(dataset.features, seed=0)
     folder = None if output is None else Path(output)
     loaded_from = None if isinstance(data, Dataset) else str(data)
     comparison = _Comparison(
@@ -135,8 +125,7 @@ class _Comparison:
         self.data, self.arms, self.seeds, self.test_tolerances = data, arms, seeds, test_tolerances
         self.folder, self.overwrite, self.progress, self.command = folder, overwrite, progress, command
         self.rows: list[Row] = []
-        parts = (data.train, data.validation, data.test)
-        self.fingerprint = "-".join(fingerprint((part, None)) for part in parts)
+        self.fingerprint = data_fingerprint(data)
         self.spent: list[float] = []
 
     def run(self) -> None:
@@ -178,20 +167,20 @@ class _Comparison:
 
     def _train(self, arm: Arm, seed: int, title: str, path: Path | None) -> Row:
         folder = None if path is None else path.with_suffix("")
-        begun = folder is not None and (folder / "last.ckpt").is_file()
-        options: dict[str, Any] = {
-            "label": arm.label,
-            "folder": folder,
-            "progress": (title if len(title) <= 60 else title[:59] + "…") if self.progress else False,
-            "test_tolerances": self.test_tolerances,
-            "command": self.command,
-            "loaded_from": self.loaded_from,
-        }
-        if begun and not self.overwrite:
-            with contextlib.suppress(ValueError):  # a damaged checkpoint: start anew
-                return train_and_test(self.data, arm.terms, seed, arm.setup, resume=True, **options)
-        anew = folder is not None
-        return train_and_test(self.data, arm.terms, seed, arm.setup, overwrite=anew, **options)
+        return train_and_test(
+            self.data,
+            arm.terms,
+            seed,
+            arm.setup,
+            label=arm.label,
+            folder=folder,
+            resume=False if self.overwrite else "auto",
+            overwrite=self.overwrite and folder is not None,
+            progress=(title if len(title) <= 60 else title[:59] + "…") if self.progress else False,
+            test_tolerances=self.test_tolerances,
+            command=self.command,
+            loaded_from=self.loaded_from,
+        )
 
     def _configuration(self, arm: Arm, seed: int) -> Row:
         return {
@@ -206,8 +195,7 @@ class _Comparison:
     def _path(self, arm: Arm, seed: int, configuration: Row) -> Path | None:
         if self.folder is None:
             return None
-        digest = hashlib.sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()[:8]
-        return self.folder / RUNS / f"{arm.slug}-seed{seed}-{digest}.json"
+        return self.folder / RUNS / f"{arm.slug}-seed{seed}-{digest(configuration)}.json"
 
     def _recorded(self, path: Path | None, configuration: Row) -> Row | None:
         if path is None or self.overwrite or not path.is_file():

@@ -20,6 +20,7 @@ METRICS = (
     *("accepted", "rejected", "seconds"),
 )
 """The numbers of a row that are summarized over seeds."""
+RESAMPLES = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,18 +64,21 @@ class ComparisonResult:
     @property
     def failures(self) -> list[Row]:
         """Rows that failed."""
-        return [row for row in self.rows if row["status"] == "failed"]
+        return [row for row in self.rows if row["status"] != "finished"]
 
-    def summary(self) -> list[Row]:
+    def summary(self, metrics: Sequence[str] = METRICS) -> list[Row]:
         """Summarize each arm over its seeds, and compare it with the first arm seed by seed.
 
+        Args:
+            metrics: Keys of the rows to summarize; a row where one is None does not count for it.
+
         Returns:
-            One row an arm: arm, n (finished seeds), failed (number), for each of ``METRICS`` a dict with
+            One row an arm: arm, n (finished seeds), failed (number), for each of ``metrics`` a dict with
             mean, sd (sample standard deviation over seeds) and se (sd / sqrt(n)), and "tolerances", the mean
-            nfe and nll of the test at other tolerances. Arms after the first add to each dict the mean paired
-            difference, its 95 % confidence interval (low, high) and p-value of the paired t-test, the ratio
-            of the means and change = ratio - 1 (not of the NLL), all over the seeds that both arms finished.
-            What cannot be computed is None.
+            nfe, nll and error of log p of the test at other tolerances. Arms after the first add to each dict
+            the mean paired difference, its standard error, its 95 % confidence interval (low, high) and p-value
+            of the paired t-test, the ratio of the means and change = ratio - 1 (not of the NLL), all over the
+            seeds that both arms finished. What cannot be computed is None.
         """
         first = self.finished(self.arms[0])
         table = []
@@ -82,10 +86,10 @@ class ComparisonResult:
             rows = self.finished(arm)
             failed = sum(row["arm"] == arm for row in self.failures)
             line: Row = {"arm": arm, "n": len(rows), "failed": failed}
-            for metric in METRICS:
-                line[metric] = describe([row[metric] for row in rows])
+            for metric in metrics:
+                line[metric] = describe([row[metric] for row in rows if row[metric] is not None])
                 if i:
-                    line[metric] |= contrast(*_pairs(rows, first, metric), ratio=metric != "nll")
+                    line[metric] |= contrast(*pairs(rows, first, metric), ratio=metric != "nll")
             line["tolerances"] = _tolerance_means(rows)
             table.append(line)
         return table
@@ -202,7 +206,8 @@ def contrast(values: Sequence[float], reference: Sequence[float], *, ratio: bool
         ratio: Whether these are amounts, of which a ratio makes sense.
 
     Returns:
-        A dict with difference, low, high, p, ratio and change; None stands for what cannot be computed.
+        A dict with difference, difference_se, low, high, p, ratio and change; None stands for what cannot be
+        computed.
 
     >>> contrast([1.0, 2.0, 3.5], [2.0, 4.0, 6.0])["difference"] < 0
     True
@@ -210,7 +215,7 @@ def contrast(values: Sequence[float], reference: Sequence[float], *, ratio: bool
     import numpy as np
     from scipy import stats
 
-    empty: Row = dict.fromkeys(("difference", "low", "high", "p", "ratio", "change"))
+    empty: Row = dict.fromkeys(("difference", "difference_se", "low", "high", "p", "ratio", "change"))
     if not values:
         return empty
     difference = np.subtract(values, reference)
@@ -219,11 +224,55 @@ def contrast(values: Sequence[float], reference: Sequence[float], *, ratio: bool
     if ratio and base > 0:
         found["ratio"] = float(np.mean(values)) / base
         found["change"] = found["ratio"] - 1
+    if len(difference) > 1:
+        found["difference_se"] = float(stats.sem(difference))
     if len(difference) > 1 and difference.std() > 1e-12 * np.abs(difference).max():
         test = stats.ttest_rel(values, reference)
         interval = test.confidence_interval(0.95)
         found |= {"low": float(interval.low), "high": float(interval.high), "p": float(test.pvalue)}
     return found
+
+
+def resample(values: Sequence[float], reference: Sequence[float], *, ratio: bool = True) -> tuple[float, float] | None:
+    """Return the 95 % bootstrap interval of the change of the mean, pairs of values drawn with replacement.
+
+    With n pairs there are only (2n - 1)! / (n! (n - 1)!) different draws, 10 for three seeds: with so few the
+    interval is too short, and that of :func:`contrast` is the safe one.
+
+    Args:
+        values: Values of one arm.
+        reference: Values of the first arm, for the same seeds.
+        ratio: Whether the change is relative, mean / mean - 1, or the difference of the means.
+
+    Returns:
+        Lower and upper end; None with fewer than two pairs.
+
+    References:
+        Efron & Tibshirani, An introduction to the bootstrap, 1993, chapter 13 (the percentile interval).
+
+    >>> low, high = resample([1.0, 2.0, 3.5], [2.0, 4.0, 6.0])
+    >>> -0.6 < low < high < -0.4
+    True
+    """
+    import numpy as np
+    from scipy import stats
+
+    if len(values) < 2:
+        return None
+
+    def change(a: Any, b: Any, axis: int) -> Any:
+        return np.mean(a, axis=axis) / np.mean(b, axis=axis) - 1 if ratio else np.mean(a - b, axis=axis)
+
+    found = stats.bootstrap(
+        (np.asarray(values, dtype=float), np.asarray(reference, dtype=float)),
+        change,
+        paired=True,
+        vectorized=True,
+        method="percentile",
+        n_resamples=RESAMPLES,
+        random_state=np.random.default_rng(0),
+    ).confidence_interval
+    return float(found.low), float(found.high)
 
 
 def write_cell(
@@ -253,9 +302,10 @@ def write_cell(
     return text.replace("(-", "(−")
 
 
-def _pairs(rows: Sequence[Row], first: Sequence[Row], metric: str) -> tuple[list[float], list[float]]:
-    reference = {row["seed"]: row[metric] for row in first}
-    both = [row for row in rows if row["seed"] in reference]
+def pairs(rows: Sequence[Row], first: Sequence[Row], metric: str) -> tuple[list[float], list[float]]:
+    """Return the values of a metric of two arms, of the seeds for which both have one."""
+    reference = {row["seed"]: row[metric] for row in first if row[metric] is not None}
+    both = [row for row in rows if row["seed"] in reference and row[metric] is not None]
     return [row[metric] for row in both], [reference[row["seed"]] for row in both]
 
 
@@ -267,8 +317,8 @@ def _tolerance_means(rows: Sequence[Row]) -> list[Row]:
     table = []
     for (rtol, atol), tests in found.items():
         line: Row = {"rtol": rtol, "atol": atol}
-        for metric in ("nfe", "nll"):
-            line[metric] = describe([test[metric] for test in tests if _is_number(test[metric])])
+        for metric in ("nfe", "nll", "error_rms", "error_max"):
+            line[metric] = describe([test[metric] for test in tests if _is_number(test.get(metric))])
         table.append(line)
     return table
 

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-import dataclasses
+import hashlib
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pycnf.data import Dataset
 from pycnf.experiments.setup import Setup
+from pycnf.experiments.sweep import sweep_tolerances
 from pycnf.flow import CNF
 from pycnf.records import run_record, write_json
 from pycnf.regularizers import Regularizer, describe_regularizers
 from pycnf.solution import SolveError
 from pycnf.training import FitResult, TrainingError, evaluate, fit
+from pycnf.training.batches import fingerprint
+from pycnf.training.folder import CHECKPOINT
 from pycnf.training.options import resolve_device
 
 Row = dict[str, Any]
 
 FAILURES = (SolveError, TrainingError)
 SWEEP_ROWS = 5000  # test rows on which the effect of the tolerance is measured
+TRUTH_ROWS = 1000  # rows of these at which the error of log p is measured
 CURVE_POINTS = 50
+END = 200  # training steps that count as the end of training
 DATA_CARD = "data.json"
 
 
@@ -33,10 +40,13 @@ def train_and_test(
     *,
     label: str | None = None,
     folder: Path | None = None,
-    resume: bool = False,
+    resume: bool | Literal["auto"] = False,
     overwrite: bool = False,
     progress: bool | str = True,
+    callbacks: Sequence[Any] = (),
     test_tolerances: Sequence[float] = (),
+    sweep_rows: int = SWEEP_ROWS,
+    truth_rows: int = TRUTH_ROWS,
     command: str | None = None,
     loaded_from: str | None = None,
 ) -> Row:
@@ -52,10 +62,14 @@ def train_and_test(
         setup: Model, solvers and training.
         label: Name of the arm; None for the regularizers.
         folder: Run folder, see :func:`~pycnf.training.loop.fit`.
-        resume: Go on with the run in the folder.
+        resume: Go on with the run in the folder; "auto" does so where it can be done, and starts anew elsewhere.
         overwrite: Delete the run in the folder and start anew.
         progress: Show a progress bar; a string is its label.
-        test_tolerances: Tolerances (rtol = atol) at which the test is repeated, on at most 5,000 rows.
+        callbacks: Further Lightning callbacks of training.
+        test_tolerances: Tolerances (rtol = atol) at which the test is repeated in float64
+            (:func:`~pycnf.experiments.sweep.sweep_tolerances`).
+        sweep_rows: Test rows, the first ones, on which it is.
+        truth_rows: Rows of these at which the error of log p is measured.
         command: Command to record; None for that of this process.
         loaded_from: Name or path from which the data were loaded; the run folder keeps it.
 
@@ -69,24 +83,20 @@ def train_and_test(
         TrainingInterrupted: Ctrl-C.
     """
     flow = setup.build(data.features, seed)
-    result = fit(
-        flow,
-        data.train,
-        data.validation,
-        regularizers=list(regularizers),
-        **setup.training(),
-        seed=seed,
-        device=setup.device,
-        output=folder,
-        resume=resume,
-        overwrite=overwrite,
-        data_name=data.name,
-        progress=progress,
-    )
+    training = setup.training() | {
+        "regularizers": list(regularizers),
+        "seed": seed,
+        "device": setup.device,
+        "output": folder,
+        "data_name": data.name,
+        "progress": progress,
+        "callbacks": tuple(callbacks),
+    }
+    result = _fit(flow, data, folder, training, resume=resume, overwrite=overwrite)
     if folder is not None:
         write_json(folder / DATA_CARD, describe_data(data) | {"load": loaded_from or data.name})
     flow.to(resolve_device(setup.device))
-    test = evaluate(flow, data.test, batch_size=setup.test_batch_size)
+    test = evaluate(flow, data.test, batch_size=setup.test_batch_size, warm_start=setup.warm_start)
     rows = result.rows("train")
     row = identify(data, regularizers, seed, setup, label=label, command=command)
     return row | {
@@ -96,8 +106,10 @@ def train_and_test(
         "nll_validation": result.nll,
         "nfe_train": result.nfe_train,
         "nfe_train_last": result.nfe_train_last,
+        f"nfe_train_last_{END}": _mean(rows[-END:], "nfe"),
         "nfe_backward": result.nfe_backward,
         "nfe_backward_last": result.nfe_backward_last,
+        f"nfe_backward_last_{END}": _mean(rows[-END:], "nfe_backward"),
         "nfe_test": test.nfe,
         "accepted": test.accepted,
         "rejected": test.rejected,
@@ -109,8 +121,16 @@ def train_and_test(
         "seconds": result.seconds,
         "seconds_test": test.seconds,
         "parameters": sum(p.numel() for p in flow.parameters()),
-        "tolerances": _sweep(flow, data, setup, test_tolerances),
+        "tolerances": sweep_tolerances(
+            flow,
+            data.test[:sweep_rows],
+            test_tolerances,
+            batch_size=setup.test_batch_size,
+            truth_rows=truth_rows,
+            warm_start=setup.warm_start,
+        ),
         "curve": thin(result),
+        "validation": validations(result),
     }
 
 
@@ -156,6 +176,11 @@ def describe_data(data: Dataset) -> Row:
     return {name: getattr(data, name) for name in names}
 
 
+def data_fingerprint(data: Dataset) -> str:
+    """Return hex digits of the training, validation and test rows, to tell whether two runs saw the same data."""
+    return "-".join(fingerprint((part, None)) for part in (data.train, data.validation, data.test))
+
+
 def thin(result: FitResult) -> dict[str, list[float]]:
     """Average the training curve over at most 50 equal stretches of steps."""
     rows = result.rows("train")
@@ -165,25 +190,43 @@ def thin(result: FitResult) -> dict[str, list[float]]:
     return {name: [float(f"{_mean(part, name):.6g}") for part in parts] for name in names}
 
 
-def _sweep(flow: CNF, data: Dataset, setup: Setup, tolerances: Sequence[float]) -> list[Row]:
-    if not setup.adaptive:
-        return []
-    rows = []
-    for tolerance in tolerances:
-        solver = dataclasses.replace(setup.test_solver(), rtol=tolerance, atol=tolerance)
-        row: Row = {"rtol": tolerance, "atol": tolerance}
+def validations(result: FitResult) -> dict[str, list[float]]:
+    """Return at most 50 validations: step, nll, and the seconds that training had taken until then."""
+    train, rows = result.rows("train"), result.rows("validation")
+    spent = accumulate(row["seconds"] for row in train)
+    clock = {row["step"]: seconds for row, seconds in zip(train, spent, strict=True)}
+    kept = rows[:: -(-len(rows) // CURVE_POINTS) or 1]
+    return {
+        "step": [row["step"] for row in kept],
+        "nll": [float(f"{row['nll']:.6g}") for row in kept],
+        "seconds": [float(f"{clock.get(row['step'], 0.0):.6g}") for row in kept],
+    }
+
+
+def digest(configuration: Mapping[str, Any]) -> str:
+    """Return eight hex digits that tell configurations of runs apart."""
+    return hashlib.sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _fit(
+    flow: CNF, data: Dataset, folder: Path | None, options: Row, *, resume: bool | Literal["auto"], overwrite: bool
+) -> FitResult:
+    if resume == "auto":
+        begun = folder is not None and (folder / CHECKPOINT).is_file()
         try:
-            found = evaluate(flow, data.test[:SWEEP_ROWS], batch_size=setup.test_batch_size, solver=solver)
-        except SolveError as err:
-            rows.append(row | {"nll": None, "nfe": None, "error": str(err)})
-            continue
-        names = ("nll", "nll_se", "rows", "nfe", "accepted", "rejected", "seconds")
-        rows.append(row | {name: getattr(found, name) for name in names})
-    return rows
+            return fit(flow, data.train, data.validation, resume=begun, **options)
+        except ValueError:  # a damaged checkpoint, or one of other settings: start anew
+            if folder is None:
+                raise
+            resume, overwrite = False, True
+    return fit(flow, data.train, data.validation, resume=resume, overwrite=overwrite, **options)
 
 
 def _mean(rows: Sequence[Row], name: str) -> float:
     return sum(row[name] for row in rows) / len(rows) if rows else math.nan
 
 
-__all__ = ["FAILURES", "Row", "describe_data", "identify", "thin", "train_and_test"]
+__all__ = [
+    *("FAILURES", "Row", "data_fingerprint", "describe_data", "digest", "identify"),
+    *("thin", "train_and_test", "validations"),
+]

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from pycnf.data import names
+from pycnf.data import Dataset, names
 from pycnf.fields import TimeConditioning
 from pycnf.flow import CNF
 from pycnf.solve import METHODS, Solver
-from pycnf.training.options import OptimizerName, ScheduleName, TrainingOptions
+from pycnf.training.options import OptimizerName, ScheduleName, TrainingOptions, resolve_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +44,7 @@ class Setup:
         optimizer: "adam", "adamw" or "adamax".
         schedule: "plateau", "cosine", "constant" or "auto".
         validate_every: Steps between two validations.
+        warm_start: Whether solves start with the step that the last one suggests, in training and test.
         clip: Largest norm of the gradient, None for no limit.
         device: "auto", "cpu", "cuda" or "cuda:N".
 
@@ -76,6 +77,7 @@ class Setup:
     optimizer: OptimizerName = "adam"
     schedule: ScheduleName = "cosine"
     validate_every: int = 200
+    warm_start: bool = True
     clip: float | None = None
     device: str = "auto"
 
@@ -123,7 +125,7 @@ class Setup:
         """Return the options of :func:`~pycnf.training.loop.fit` that are set here, without the device."""
         shared = (
             *("max_steps", "batch_size", "lr", "weight_decay", "optimizer", "schedule", "validate_every"),
-            "clip",
+            *("warm_start", "clip"),
         )
         return {name: getattr(self, name) for name in shared} | {"eval_batch_size": self.test_batch_size}
 
@@ -178,6 +180,20 @@ def setup_for(data: str | Path, settings: Mapping[str, Any] | None = None, *, ro
     if rows is not None and "batch_size" not in given:
         values["batch_size"] = min(values.get("batch_size", Setup.batch_size), rows)
     return Setup(**values)
+
+
+def setup_on(data: Dataset, name: str | Path, settings: Mapping[str, Any] | None = None) -> Setup:
+    """Return the setup of :func:`setup_for` on loaded data, with its device resolved.
+
+    Raises:
+        ValueError: On an impossible setting, a batch larger than the training rows, or a model that cannot be built.
+    """
+    setup = setup_for(name, settings, rows=len(data.train))
+    setup = dataclasses.replace(setup, device=str(resolve_device(setup.device)))
+    if setup.batch_size > len(data.train):
+        raise ValueError(f"batch_size {setup.batch_size} is larger than the {len(data.train)} training rows of {name}")
+    setup.build(data.features, seed=0)
+    return setup
 
 
 def read_hidden(text: str | Sequence[int]) -> tuple[int, ...]:
