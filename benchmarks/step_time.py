@@ -1,40 +1,43 @@
-"""Time one training step of pycnf against the classic recipe, interleaved in one run.
+"""Time one training step of pycnf against the classic recipe and against torchdiffeq's engine, interleaved in one run.
 
 The classic recipe is what FFJORD and the official TPR code do: torchdiffeq's adjoint with its default norm on the
 tuple (z, log p), the divergence by one vector-Jacobian product per dimension, time concatenated to the input of
-every layer, and (with TPR) the sampled times as output times of the solve. Both sides take the same weights, batch,
+every layer, and (with TPR) the sampled times as output times of the solve. All sides take the same weights, batches,
 tolerance, exact divergence and optimizer; the weights come from a short training, so that the field is not trivial.
+pycnf steps as fit does: a solve starts with the step that the one before suggests.
 
-    python benchmarks/step_time.py                # table, and results/benchmarks/step_time.json
-    python benchmarks/step_time.py --json         # the list of ratios on stdout
+The second comparison is between engines alone: torchdiffeq steps through the very field that pycnf evaluates in one
+pass, and pycnf chooses its first step anew as torchdiffeq does, so that both take the same steps.
+
+    python benchmarks/step_time.py --output results/benchmarks/step_time.json
+    python benchmarks/step_time.py --json       # the list of ratios on stdout, and nothing else there
+    python benchmarks/step_time.py --quick
+    python benchmarks/step_time.py --device cuda --output results/benchmarks/step_time_gpu.json
 """
 
 from __future__ import annotations
 
-import argparse
-import gc
+import dataclasses
 import json
 import os
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from timing import add_device, interleave, parser, peak_megabytes, ratio, save
 from torch import Tensor, nn
 from torchdiffeq import odeint_adjoint
 
 import pycnf
-from pycnf import records
 from pycnf.flow import standard_normal_log_prob
 from pycnf.regularizers.polynomial import polynomial_residual
 
 
 @dataclass(frozen=True)
 class Case:
-    """Name one piece of work: architecture, data, horizon and how long to train before timing."""
+    """Name one piece of work: architecture, data, horizon, how long to train before timing, and how often to time."""
 
     name: str
     features: int
@@ -44,6 +47,7 @@ class Case:
     T: float
     steps: int
     repeats: int
+    divergence: str = "exact"
 
 
 CASES = (
@@ -89,9 +93,9 @@ def classic_step(
 ) -> None:
     """Take one training step of the classic recipe."""
     inner = torch.empty(0) if tpr is None else tpr.sample_times() * T
-    ts = torch.cat([torch.zeros(1), inner, torch.full((1,), T)]).float()
+    ts = torch.cat([torch.zeros(1), inner, torch.full((1,), T)]).to(x)
     optimizer.zero_grad()
-    z, logp = odeint_adjoint(field, (x, torch.zeros(len(x), 1)), ts, rtol=TOLERANCE, atol=TOLERANCE, method="dopri5")
+    z, logp = odeint_adjoint(field, (x, x.new_zeros(len(x), 1)), ts, rtol=TOLERANCE, atol=TOLERANCE, method="dopri5")
     loss = -(standard_normal_log_prob(z[-1]) - logp[-1, :, 0]).mean()
     if tpr is not None:
         loss = loss + tpr.weight * polynomial_residual(ts, z, tpr.degree)
@@ -101,100 +105,146 @@ def classic_step(
 
 def pycnf_step(flow: pycnf.CNF, optimizer: torch.optim.Optimizer, x: Tensor, tpr: pycnf.TPR | None) -> int:
     """Take one training step of pycnf and return its forward evaluations."""
-    optimizer.zero_grad()
-    result = pycnf.objective(flow, x, regularizers=tpr)
-    result.loss.backward()
-    optimizer.step()
-    return result.solution.stats.nfe
+    return Steps(flow, optimizer, tpr, warm_start=False)(x)
+
+
+class Steps:
+    """Take training steps of pycnf as fit does."""
+
+    def __init__(
+        self, flow: pycnf.CNF, optimizer: torch.optim.Optimizer, tpr: pycnf.TPR | None, *, warm_start: bool = True
+    ) -> None:
+        self.flow, self.optimizer, self.tpr, self.warm_start = flow, optimizer, tpr, warm_start
+        self.openings: tuple[float, ...] | None = None
+
+    def __call__(self, x: Tensor) -> int:
+        """Take a step and return its forward evaluations."""
+        self.optimizer.zero_grad()
+        result = pycnf.objective(self.flow, x, regularizers=self.tpr, first_steps=self.openings)
+        result.loss.backward()
+        self.optimizer.step()
+        self.openings = result.solution.openings if self.warm_start else None
+        return result.solution.stats.nfe
 
 
 def batches(case: Case) -> Callable[[], Tensor]:
     """Return a function that draws one batch of the case's data."""
-    if case.name == "43d":
-        folder = os.environ.get("PYCNF_DATA")
-        if folder and (Path(folder) / "miniboone_head1523.npy").exists():
-            import numpy as np
-
-            rows = torch.as_tensor(np.load(Path(folder) / "miniboone_head1523.npy")).float()
-            pool = ((rows - rows.mean(0)) / rows.std(0)).clamp(-4, 4)
-        else:
-            generator = torch.Generator().manual_seed(0)
-            mix = torch.randn(43, 43, generator=generator) / 43**0.5
-            pool = torch.randn(20_000, 43, generator=generator) @ mix
-            pool = torch.tanh(2 * pool) * 1.5
-    else:
+    if case.name in ("moons", "power"):
         from pycnf import data
 
         pool = data.load(case.name).train
+    elif case.name == "43d" and (rows := miniboone()) is not None:
+        pool = rows
+    else:
+        generator = torch.Generator().manual_seed(0)
+        mix = torch.randn(case.features, case.features, generator=generator) / case.features**0.5
+        pool = torch.randn(20_000, case.features, generator=generator) @ mix
+        pool = torch.tanh(2 * pool) * 1.5
     return lambda: pool[torch.randint(len(pool), (case.batch,))]
 
 
-def measure(case: Case, tpr: pycnf.TPR | None) -> dict[str, object]:
-    """Train shortly, then time both steps in turn from the same weights."""
+def miniboone() -> Tensor | None:
+    """Return rows of MINIBOONE where they are at hand."""
+    path = Path(os.environ.get("PYCNF_DATA", "")) / "miniboone_head1523.npy"
+    if not path.is_file():
+        return None
+    import numpy as np
+
+    rows = torch.as_tensor(np.load(path)).float()
+    return ((rows - rows.mean(0)) / rows.std(0)).clamp(-4, 4)
+
+
+def trained(case: Case, device: torch.device, tpr: pycnf.TPR | None = None) -> tuple[pycnf.CNF, Callable[[], Tensor]]:
+    """Return a flow after a short training, and a function that draws batches, both on a device."""
     torch.manual_seed(0)
-    draw = batches(case)
-    flow = pycnf.CNF(case.features, case.hidden, activation=case.activation, T=case.T)
-    optimizer = torch.optim.Adam(flow.parameters(), lr=1e-3, fused=True)
+    rows = batches(case)
+    flow = pycnf.CNF(case.features, case.hidden, activation=case.activation, T=case.T, divergence=case.divergence).to(
+        device
+    )
+    step = Steps(flow, torch.optim.Adam(flow.parameters(), lr=1e-3, fused=True), tpr)
     for _ in range(case.steps):
-        pycnf_step(flow, optimizer, draw(), tpr)
-    classic = ClassicField(flow.fields[0])  # type: ignore[arg-type]  # the shipped MLP
-    classic_optimizer = torch.optim.Adam(classic.parameters(), lr=0.0, fused=True)
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0  # both sides stay at the same weights
-    x = draw()
-    seconds: dict[str, list[float]] = {"classic": [], "pycnf": []}
-    nfe = 0
-    for repeat in range(-1, case.repeats):
-        gc.collect()
-        start = time.perf_counter()
-        classic.calls = 0
-        classic_step(classic, classic_optimizer, x, case.T, tpr)
-        middle = time.perf_counter()
-        nfe = pycnf_step(flow, optimizer, x, tpr)
-        if repeat >= 0:  # the first pair warms up
-            seconds["classic"].append(middle - start)
-            seconds["pycnf"].append(time.perf_counter() - middle)
-    ratios = [a / b for a, b in zip(seconds["classic"], seconds["pycnf"], strict=True)]
-    return {
-        "case": case.name,
-        "against": "classic",
-        "regularizer": "none" if tpr is None else str(tpr),
-        "ratio": statistics.median(ratios),
-        "ratio_min": min(ratios),
-        "ratio_max": max(ratios),
-        "ms": 1e3 * statistics.median(seconds["pycnf"]),
-        "ms_against": 1e3 * statistics.median(seconds["classic"]),
-        "nfe": nfe,
-        "calls_against": classic.calls,
-        "repeats": case.repeats,
+        step(rows().to(device))
+    return flow, lambda: rows().to(device)
+
+
+def measure(case: Case, tpr: pycnf.TPR | None, device: torch.device) -> list[dict[str, object]]:
+    """Time the steps of all sides in turn, from the same weights on the same batches."""
+    flow, draw = trained(case, device, tpr)
+    engine = pycnf.CNF(**flow.config | {"solver": dataclasses.replace(flow.solver, engine="torchdiffeq")}).to(device)
+    engine.load_state_dict(flow.state_dict())
+    classic = ClassicField(flow.fields[0]).to(device)  # type: ignore[arg-type]  # the shipped MLP
+    optimizers = {  # a rate of 0: all stay at the same weights
+        name: torch.optim.Adam(module.parameters(), lr=0.0, fused=True)
+        for name, module in (("pycnf", flow), ("engine", engine), ("classic", classic))
     }
+    x, calls = draw(), dict[str, int]()
+    steps = {
+        "pycnf": Steps(flow, optimizers["pycnf"], tpr),
+        "same steps": Steps(flow, optimizers["pycnf"], tpr, warm_start=False),
+        "engine": Steps(engine, optimizers["engine"], tpr, warm_start=False),
+    }
+
+    def redraw() -> None:
+        nonlocal x
+        x = draw()
+
+    def ours(name: str) -> Callable[[], None]:
+        def work() -> None:
+            calls[name] = steps[name](x)
+
+        return work
+
+    def theirs() -> None:
+        classic.calls = 0
+        classic_step(classic, optimizers["classic"], x, case.T, tpr)
+        calls["classic"] = classic.calls
+
+    work = {"classic": theirs, **{name: ours(name) for name in steps}}
+    seconds = interleave(work, case.repeats, prepare=redraw)
+    peaks = {name: peak_megabytes(work[name]) for name in work}
+    return [
+        {
+            "case": case.name,
+            "against": label,
+            "regularizer": "none" if tpr is None else str(tpr),
+            **ratio(seconds, name, against),
+            "nfe": calls[name],
+            "calls_against": calls[against],
+            "peak_mb": peaks[name],
+            "peak_mb_against": peaks[against],
+            "repeats": case.repeats,
+        }
+        for name, against, label in (("pycnf", "classic", "classic"), ("same steps", "engine", "torchdiffeq engine"))
+    ]
 
 
 def main() -> None:
     """Run the cases and print them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print the list of ratios as JSON and nothing else")
-    parser.add_argument("--cases", nargs="+", choices=[c.name for c in CASES], default=[c.name for c in CASES])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
-    parser.add_argument("--output", type=Path, help="record to write, for example results/benchmarks/step_time.json")
-    args = parser.parse_args()
+    options = parser(__doc__, "step_time")
+    options.add_argument("--cases", nargs="+", choices=[c.name for c in CASES], default=[c.name for c in CASES])
+    options.add_argument("--json", action="store_true", help="print the list of ratios as JSON and nothing else")
+    add_device(options)
+    args = options.parse_args()
     torch.set_num_threads(args.threads)
-    rows = []
-    for case in (c for c in CASES if c.name in args.cases):
+    cases = [case for case in CASES if case.name in args.cases]
+    if args.quick:
+        cases = [dataclasses.replace(case, steps=2, repeats=1) for case in cases if case.name != "43d"]
+    rows: list[dict[str, object]] = []
+    for case in cases:
         for tpr in (None, pycnf.TPR()):
-            rows.append(row := measure(case, tpr))
-            print(
-                f"{row['case']:6} {row['regularizer']:13} classic {row['ms_against']:9.1f} ms"
-                f" ({row['calls_against']} calls)"
-                f"   pycnf {row['ms']:7.1f} ms ({row['nfe']} calls)"
-                f"   ratio {row['ratio']:.2f} [{row['ratio_min']:.2f}, {row['ratio_max']:.2f}]",
-                file=sys.stderr,
-                flush=True,
-            )
+            for row in measure(case, tpr, args.device):
+                rows.append(row)
+                print(
+                    f"{row['case']:6} {row['regularizer']:13} {row['against']:18} {row['ms_against']:9.1f} ms"
+                    f" ({row['calls_against']:3} calls, {row['peak_mb_against']:7.1f} MB)   pycnf {row['ms']:7.1f} ms"
+                    f" ({row['nfe']:2} calls, {row['peak_mb']:7.1f} MB)"
+                    f"   ratio {row['ratio']:.2f} [{row['ratio_min']:.2f}, {row['ratio_max']:.2f}]",
+                    file=sys.stderr,
+                    flush=True,
+                )
     if args.json:
         print(json.dumps(rows, indent=2))
-    if args.output:
-        records.write_json(args.output, records.run_record(name="step_time", seed=0, rows=rows))
+    save(args.output, "step_time", rows, at=args.device)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """Write the tables of the README from the recorded runs.
 
+A table stands between ``<!-- table: path -->`` and ``<!-- end table -->``, where the path is that of the record; a
+record that fills several tables has names for the others, ``<!-- table: path#name -->``.
+
 python benchmarks/tables.py          # rewrite README.md
 python benchmarks/tables.py --check  # exit 1 where it differs from the records
 """
@@ -9,24 +12,47 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from pycnf.experiments import ComparisonResult
+from pycnf.experiments.bench_results import load_bench
 from pycnf.records import read_json
 
 ROOT = Path(__file__).resolve().parents[1]
-MARK = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end table -->)", re.DOTALL)
+MARK = re.compile(r"(<!-- table: ([^\s#]+)(?:#(\w+))? -->\n)(.*?)(<!-- end table -->)", re.DOTALL)
 CASES = {
     "moons": "moons: 2-d, 3×64, batch 100",
     "power": "POWER: 6-d, 3×60, batch 1,000",
     "43d": "43-d, 2×860, batch 1,000",
+    "63d": "63-d, 3×1260",
+    "63d exact": "63-d, 3×1260",
 }
+USUAL = ("python", "lightning", "numpy")  # packages not worth naming
+Row = Mapping[str, Any]
 
 
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """Return a Markdown table."""
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+def markdown(header: list[str], rows: list[list[str]], words: int = 1) -> str:
+    """Return a Markdown table whose first columns hold words, and the others numbers."""
+    lines = [header, ["---"] * words + ["---:"] * (len(header) - words), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def spread(row: Row, name: str = "ratio", factor: float = 1.0, digits: int = 1) -> str:
+    """Write a median and its range."""
+    low, high = sorted(factor * row[f"{name}_{end}"] for end in ("min", "max"))
+    return f"{factor * row[name]:.{digits}f} ({low:.{digits}f} – {high:.{digits}f})"
+
+
+def machine(record: Row) -> str:
+    """Say where a record was made."""
+    return f"\nOn {record['device']} with {record['threads']} threads.\n"
+
+
+def regularizer(row: Row) -> str:
+    """Name the regularizer of a row."""
+    return "TPR" if row["regularizer"] != "none" else "none"
 
 
 def comparison(path: Path) -> str:
@@ -36,32 +62,165 @@ def comparison(path: Path) -> str:
     return markdown(["arm", *table.columns], rows)
 
 
-def step_time(path: Path) -> str:
-    """Return the table of step times."""
-    record = read_json(path)
+def benchmark(path: Path, data: str) -> str:
+    """Return the table of one set of a benchmark of regularizers."""
+    table = load_bench(path).table(data)
+    columns = [c for c in table.columns if not c.startswith(("NFE backward", "last", "training", "time to"))]
+    rows = [[f"`{arm}`", *line] for arm, line in zip(table.index, table[columns].to_numpy(), strict=True)]
+    return markdown(["arm", *columns], rows)
+
+
+def step_time(record: Row) -> str:
+    """Return the table of step times against the classic recipe."""
     rows = [
         [
             CASES[row["case"]],
-            "TPR" if row["regularizer"] != "none" else "none",
+            regularizer(row),
             f"{row['ms_against']:,.0f}",
             f"{row['ms']:,.0f}",
-            f"{row['ratio']:.1f} ({row['ratio_min']:.1f} – {row['ratio_max']:.1f})",
+            spread(row),
+        ]
+        for row in record["rows"]
+        if row["against"] == "classic"
+    ]
+    header = ["work", "regularizer", "classic (ms)", "pycnf (ms)", "ratio: median (range)"]
+    return markdown(header, rows) + machine(record)
+
+
+def engines(record: Row) -> str:
+    """Return the table of step times against torchdiffeq's engine at the same steps, and of memory."""
+    classic = {(r["case"], r["regularizer"]): r for r in record["rows"] if r["against"] == "classic"}
+    rows = [
+        [
+            CASES[row["case"]],
+            regularizer(row),
+            f"{row['ms_against']:,.1f}",
+            f"{row['ms']:,.1f}",
+            spread(row, digits=2),
+            *(f"{megabytes:,.0f}" for megabytes in (row["peak_mb_against"], row["peak_mb"])),
+            f"{classic[row['case'], row['regularizer']]['peak_mb_against']:,.0f}",
+        ]
+        for row in record["rows"]
+        if row["against"] != "classic"
+    ]
+    header = ["work", "regularizer", "torchdiffeq (ms)", "pycnf (ms)", "ratio: median (range)"]
+    memory = [f"memory {name} (MB)" for name in ("torchdiffeq", "pycnf", "classic")]
+    return markdown(header + memory, rows, 2) + machine(record)
+
+
+def peers(record: Row) -> str:
+    """Return the table of times and errors beside other libraries."""
+    rows = [
+        [
+            CASES[row["case"]],
+            f"{row['work']}, tolerance {row['tolerance']:g}",
+            row["against"],
+            " + ".join(str(count) for count in row["nfe_against"].values() if count),
+            f"{row['ms_against']:,.1f}",
+            "1" if row["against"] == "pycnf" else spread(row),
+            f"{row['error_mean']:.0e} (at most {row['error_max']:.0e})",
         ]
         for row in record["rows"]
     ]
-    header = ["work", "regularizer", "classic (ms)", "pycnf (ms)", "ratio: median (range)"]
-    return markdown(header, rows) + f"\nOn {record['device']} with {record['threads']} threads.\n"
+    header = ["work", "what", "library", "evaluations", "time (ms)", "over pycnf: median (range)", "error of log p"]
+    used = ", ".join(f"{name} {record['versions'][name]}" for name in record["versions"] if name not in USUAL)
+    return markdown(header, rows, 3) + machine(record).rstrip(".\n") + f"; {used}.\n"
+
+
+def roofline(record: Row) -> str:
+    """Return the table of operations a second."""
+    rows = [
+        [
+            f"{CASES[row['case']].partition(', batch')[0]}, batch {row['batch']:,}",
+            row["divergence"],
+            f"{row['gflop']:,.2f}",
+            f"{row['ms']:,.0f}",
+            f"{row['gflop_per_second']:,.0f}",
+            f"{row['matrix_gflop_per_second']:,.0f}",
+            f"{spread(row, 'share', 100, 0)}",
+        ]
+        for row in record["rows"]
+    ]
+    header = ["training step", "divergence", "GFLOP", "time (ms)", "GFLOP/s", "matrix rate (GFLOP/s)", "share (%)"]
+    return markdown(header, rows, 2) + machine(record)
+
+
+def at_scale(record: Row) -> str:
+    """Return the table of log p of many rows."""
+    rows = [
+        [
+            f"{row['rows']:,} rows, batches of {row['batch']:,}, {row['workers']} process(es)",
+            f"{row['seconds']:,.0f}",
+            f"{row['memory_mb']:,.0f}",
+            f"in batches of {row['batch_against']:,}",
+            f"{row['seconds_against']:,.0f}",
+            f"{row['ratio_full']:.1f}",
+            spread(row),
+        ]
+        for row in record["rows"]
+    ]
+    header = ["pycnf", "time (s)", "memory (MB)", "classic recipe", "time (s), by proportion", "ratio"]
+    return markdown([*header, "in one process: median (range)"], rows) + machine(record)
+
+
+def ordering(record: Row) -> str:
+    """Return the table of batches by difficulty."""
+    rows = [
+        [
+            CASES[row["case"]].partition(":")[0],
+            f"{row['tolerance']:.0e}",
+            *(f"{row[name]:.1f}" for name in ("nfe_against", "nfe")),
+            spread(row, digits=2),
+            *(f"{row[f'error_{kind}{side}']:.0e}" for kind in ("mean", "99") for side in ("_against", "")),
+        ]
+        for row in record["rows"]
+    ]
+    header = ["data", "tolerance", "evaluations, as given", "by difficulty", "time saved: ratio (range)"]
+    errors = [f"{what}, {order}" for what in ("mean error", "99 % below") for order in ("as given", "by difficulty")]
+    return markdown(header + errors, rows) + machine(record)
+
+
+def scaling(record: Row) -> str:
+    """Return the table of the first and the last point of every series."""
+    rows = [
+        [
+            name,
+            series["name"],
+            *(f"{point['x']:g}: {point['ms']:,.1f} ms, {point['nfe']} evaluations" for point in ends),
+        ]
+        for name, group in record["rows"].items()
+        for series in group
+        if (ends := (series["points"][0], series["points"][-1]))
+    ]
+    return markdown(["over", "series", "from", "to"], rows, 2) + machine(record)
+
+
+TABLES: dict[str, Callable[[Row], str]] = {
+    "step_time": step_time,
+    "step_time#engines": engines,
+    "peers": peers,
+    "roofline": roofline,
+    "at_scale": at_scale,
+    "ordering": ordering,
+    "scaling": scaling,
+}
+
+
+def table(path: Path, name: str | None = None) -> str:
+    """Return a table of a record; those made on a GPU have the tables of the others."""
+    if path.name == "comparison.json":
+        return comparison(path)
+    if path.name == "bench.json":
+        return benchmark(path, name or sys.exit("a benchmark has a table for each set: name it after a #"))
+    kind = path.stem.removesuffix("_gpu") + (f"#{name}" if name else "")
+    if kind not in TABLES:
+        sys.exit(f"no table {kind}: there are {', '.join(TABLES)}")
+    return TABLES[kind](read_json(path))
 
 
 def render(text: str) -> str:
     """Return the README with its tables written anew."""
-
-    def write(found: re.Match[str]) -> str:
-        path = ROOT / found[2]
-        table = comparison(path) if path.name == "comparison.json" else step_time(path)
-        return f"{found[1]}\n{table}\n{found[4]}"
-
-    return MARK.sub(write, text)
+    return MARK.sub(lambda found: f"{found[1]}\n{table(ROOT / found[2], found[3])}\n{found[5]}", text)
 
 
 def main() -> None:

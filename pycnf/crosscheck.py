@@ -11,22 +11,27 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pycnf.diagnostics.truth import TRUTH, in_float64
+from pycnf.diagnostics.work import fit_order
 from pycnf.flow import CNF, FlowSolution
 from pycnf.julia import JULIA_METHODS
 from pycnf.reference import SCIPY_METHODS, TOLERANCE, Backend, choose_backend, reference_solve
+from pycnf.solution import Solution
 from pycnf.solve import METHODS, Solver
 
 BOUND = 1e-9
 DEFAULT_METHODS = ("bosh3", "dopri5", "dopri8")
 DEFAULT_TOLERANCES = (1e-4, 1e-6, 1e-8, 1e-10)
 DEFAULT_STEPS = (4, 8, 16, 32)
-NAMES = (*(name for name, method in METHODS.items() if method.kind != "scipy"), *SCIPY_METHODS, *JULIA_METHODS)
-FLOOR = 1e-12  # errors below it are rounding and the reference's own
+ORDERS = {
+    **{name: method.order for name, method in METHODS.items() if method.kind != "scipy"},
+    **SCIPY_METHODS,
+    **JULIA_METHODS,
+}
+"""Order of every method that can be swept, 0 where it varies: pycnf's, SciPy's and Julia's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +41,7 @@ class Deviation:
     Attributes:
         method: Name of the method.
         software: Whose method it is: ``"pycnf"``, ``"SciPy"`` or ``"Julia"``.
+        order: Order of the method, 0 where it varies.
         tolerance: rtol = atol, None for a method with equal steps.
         n_steps: Number of equal steps per block, None for a method that chooses its steps.
         nfe: Evaluations, all blocks together.
@@ -49,6 +55,7 @@ class Deviation:
 
     method: str
     software: str
+    order: int
     tolerance: float | None
     n_steps: int | None
     nfe: int
@@ -64,6 +71,11 @@ class Deviation:
         """Largest difference of z or log p."""
         return max(self.max_z, self.max_logp)
 
+    @property
+    def label(self) -> str:
+        """Name of the method, with whose it is where it is not pycnf's."""
+        return self.method if self.software == "pycnf" else f"{self.method} ({self.software})"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Crosscheck:
@@ -75,7 +87,7 @@ class Crosscheck:
         agreement: Deviation of pycnf's tight solve, over all times and blocks; it is held against the bound.
         bound: Largest difference of z and of log p that is accepted.
         sweep: Deviations at the end, method by method.
-        orders: Order seen of every method, None where too few of its errors stand above rounding.
+        orders: Order seen of every method (``observed_order``).
         rows: Number of rows.
     """
 
@@ -121,7 +133,7 @@ def crosscheck(
         x: States (B, D).
         context: Context (B, C) of a conditional flow.
         backend: Where the reference comes from (:func:`pycnf.reference.choose_backend`).
-        methods: Methods to sweep, among ``NAMES``: pycnf's, SciPy's and Julia's.
+        methods: Methods to sweep, among ``ORDERS``: pycnf's, SciPy's and Julia's.
         tolerances: rtol = atol of the methods that choose their steps.
         n_steps: Numbers of steps per block of the methods with equal steps.
         bound: Largest difference that :attr:`Crosscheck.passed` accepts.
@@ -143,8 +155,8 @@ def crosscheck(
     True
     """
     for name in methods:
-        if name not in NAMES:
-            raise ValueError(f"unknown method {name!r}: choose among {', '.join(NAMES)}")
+        if name not in ORDERS:
+            raise ValueError(f"unknown method {name!r}: choose among {', '.join(ORDERS)}")
     if not bound > 0:
         raise ValueError(f"expected bound > 0, got {bound}")
     double = in_float64(flow).cpu()
@@ -154,7 +166,7 @@ def crosscheck(
     if reference is None:
         backend = choose_backend(flow, backend)
         say(f"reference by {backend}")
-        reference = reference_solve(double, x, context, times=inner, backend=backend, timeout=timeout)
+        reference = reference_solve(double, x, inner, context=context, backend=backend, timeout=timeout)
     with torch.no_grad():
         tight = double.solve(x, context, times=inner, solver=TRUTH, divergence="exact")
     agreement = _compare(tight, reference, "dopri8", "pycnf", 1e-12, None, everywhere=True)
@@ -179,22 +191,16 @@ def crosscheck(
 
 
 def observed_order(rows: Sequence[Deviation]) -> float | None:
-    """Return the order p of the fit error ~ nfe^-p to the solves of one method.
-
-    An adaptive method of order p reaches it when error and tolerance shrink in proportion. The three dearest solves are
-    taken whose errors stand above rounding, each with more evaluations than the one before; None if there is no pair.
+    """Return the order p of the fit error ~ nfe^-p to the largest deviations of one method's solves.
 
     Args:
-        rows: Solves of one method, from loose to tight.
+        rows: Solves of one method.
+
+    Returns:
+        The order (``pycnf.diagnostics.work.fit_order``), None where too few errors stand above rounding.
     """
-    kept: list[Deviation] = []
-    for row in sorted(rows, key=lambda row: row.nfe):
-        if row.worst > FLOOR and math.isfinite(row.worst) and (not kept or row.nfe > kept[-1].nfe):
-            kept.append(row)
-    if len(kept) < 2:
-        return None
-    cost, error = np.log([row.nfe for row in kept[-3:]]), np.log([row.worst for row in kept[-3:]])
-    return -float(np.polyfit(cost, error, 1)[0])
+    order = fit_order((row.nfe, row.worst) for row in rows)
+    return None if math.isnan(order) else order
 
 
 def _solve(
@@ -214,7 +220,7 @@ def _solve(
     tolerance = TOLERANCE if tolerance is None else tolerance
     backend: Backend = "scipy" if name in SCIPY_METHODS else "julia"
     found = reference_solve(
-        flow, x, context, backend=backend, method=name, rtol=tolerance, atol=tolerance, timeout=timeout
+        flow, x, context=context, backend=backend, method=name, rtol=tolerance, atol=tolerance, timeout=timeout
     )
     return found, "SciPy" if backend == "scipy" else "Julia"
 
@@ -245,6 +251,7 @@ def _compare(
     return Deviation(
         method=method,
         software=software,
+        order=ORDERS[method],
         tolerance=tolerance,
         n_steps=n_steps,
         nfe=stats.nfe,
@@ -257,10 +264,10 @@ def _compare(
     )
 
 
-def _logp(block: Any) -> Tensor:
+def _logp(block: Solution) -> Tensor:
     if block.logp is None:
         raise ValueError("the reference left the density out")
     return block.logp
 
 
-__all__ = ["NAMES", "Crosscheck", "Deviation", "crosscheck", "observed_order"]
+__all__ = ["BOUND", "ORDERS", "Crosscheck", "Deviation", "crosscheck", "observed_order"]

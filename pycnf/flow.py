@@ -7,6 +7,7 @@ applies one after another, each with its own field and clock.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,11 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from pycnf.compiled import Compile
 from pycnf.divergence import Divergence, parse_divergence
 from pycnf.fields import MLP, TimeConditioning
-from pycnf.joint import StateDynamics, accepted_steps, channel_norm, joint_dynamics
+from pycnf.joint import StateDynamics, accepted_steps, channel_norm, joint_dynamics, state_dynamics
+from pycnf.products import PRECISIONS
 from pycnf.solution import Solution, SolveStats
-from pycnf.solve import Solver
+from pycnf.solve import METHODS, Solver
 from pycnf.stepper import Attempt, Watch
 
 FlowObserver = Callable[[int, Attempt], None]
@@ -60,6 +63,11 @@ class FlowSolution:
         return standard_normal_log_prob(self.z) - self.logp
 
     @property
+    def openings(self) -> tuple[float, ...]:
+        """First steps with which a like solve can start, one a block (:class:`~pycnf.solution.SolveStats`)."""
+        return tuple(block.stats.opening for block in self.blocks)
+
+    @property
     def stats(self) -> SolveStats:
         """Counts summed over the blocks, including the backward calls made so far."""
         return sum((block.stats for block in self.blocks), SolveStats())
@@ -86,6 +94,10 @@ class CNF(nn.Module):
         solver: Solver in training mode, a :class:`~pycnf.solve.Solver` or its settings.
         eval_divergence: Divergence in evaluation mode.
         eval_solver: Solver in evaluation mode.
+        compile: Whether to evaluate perceptrons by compiled code (:func:`pycnf.compiled.compile_bound`): True warns
+            once where there is no compiler, ``"auto"`` compiles on a CPU alone and says nothing.
+        precision: Precision of the matrix products of a perceptron and its divergence, ``"float32"``, ``"tf32"`` or
+            ``"bfloat16"`` (:mod:`pycnf.products` says when not to); states and log-densities keep their own.
 
     Raises:
         ValueError: On impossible sizes or settings.
@@ -114,6 +126,8 @@ class CNF(nn.Module):
         solver: Solver | Mapping[str, Any] | None = None,
         eval_divergence: str | Divergence = "exact",
         eval_solver: Solver | Mapping[str, Any] | None = None,
+        compile: Compile = False,
+        precision: str = "float32",
     ) -> None:
         super().__init__()
         if features < 1 or blocks < 1 or context < 0:
@@ -122,6 +136,9 @@ class CNF(nn.Module):
             )
         if not (T > 0 and math.isfinite(T)):
             raise ValueError(f"expected a finite end time T > 0, got {T}")
+        if precision not in PRECISIONS:
+            raise ValueError(f"unknown precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
+        self.compiled, self.precision = compile, precision
         self.features, self.context, self.T = features, context, float(T)
         self.divergence, self.eval_divergence = (
             parse_divergence(divergence),
@@ -138,6 +155,8 @@ class CNF(nn.Module):
         else:
             self._custom = True
             modules = _as_modules(field, blocks)
+        if precision != "float32" and any(type(module) is not MLP for module in modules):
+            raise ValueError(f"precision={precision!r} is for perceptrons: take torch.autocast in a field of your own")
         self.fields = nn.ModuleList(modules)
 
     @property
@@ -166,6 +185,8 @@ class CNF(nn.Module):
             "solver": self.solver.to_dict(),
             "eval_divergence": str(self.eval_divergence),
             "eval_solver": self.eval_solver.to_dict(),
+            "compile": self.compiled,
+            "precision": self.precision,
         }
 
     def forward(self, context: Tensor | None = None) -> FlowDistribution:
@@ -183,6 +204,7 @@ class CNF(nn.Module):
         density: bool = True,
         solver: Solver | None = None,
         divergence: str | Divergence | None = None,
+        first_steps: Sequence[float] | None = None,
         observer: FlowObserver | None = None,
     ) -> FlowSolution:
         """Carry states through the flow, from data to base density or, with ``reverse``, back.
@@ -195,6 +217,9 @@ class CNF(nn.Module):
             density: Whether to carry the log-density along; False is cheaper.
             solver: Solver for this call; None for the one of the current mode.
             divergence: Divergence for this call; None for the one of the current mode.
+            first_steps: First step of each block, in the order in which they are solved, in place of the solver's
+                choice: the ``openings`` of a solve of similar states save an evaluation and the short step that a
+                cautious choice costs. NaN leaves a block's to the solver.
             observer: Function (i, attempt) that is shown every step tried in block i of the solution's ``blocks``
                 (:meth:`Solver.integrate <pycnf.solve.Solver.integrate>`).
 
@@ -208,7 +233,15 @@ class CNF(nn.Module):
         sampled = None if times is None else torch.as_tensor(times, dtype=torch.float64)
         plan = [sampled] * self.blocks
         return self.solve_blocks(
-            x, context, plan, reverse=reverse, density=density, solver=solver, divergence=divergence, observer=observer
+            x,
+            context,
+            plan,
+            reverse=reverse,
+            density=density,
+            solver=solver,
+            divergence=divergence,
+            first_steps=first_steps,
+            observer=observer,
         )
 
     def solve_blocks(
@@ -221,6 +254,7 @@ class CNF(nn.Module):
         density: bool = True,
         solver: Solver | None = None,
         divergence: str | Divergence | None = None,
+        first_steps: Sequence[float] | None = None,
         observer: FlowObserver | None = None,
         ends: Sequence[float] | None = None,
         watched: bool = False,
@@ -242,27 +276,32 @@ class CNF(nn.Module):
         norm = channel_norm(self.features)
         solutions: list[Solution] = []
         fields = self.fields[::-1] if reverse else self.fields
-        for field, inner, end in zip(fields, times, ends or [self.T] * self.blocks, strict=True):
+        openings = [math.nan] * self.blocks if first_steps is None else first_steps
+        for field, inner, end, opening in zip(fields, times, ends or [self.T] * self.blocks, openings, strict=True):
             t0, t1 = (end, 0.0) if reverse else (0.0, end)
             inner = inner if inner is None or not reverse else inner.flip(0)
             if density:
                 bound = chosen.bind(field, z, context)
                 y0 = torch.cat([z, torch.zeros_like(z[:, :1])], dim=1)
-                dynamics: Callable[[Tensor, Tensor], Tensor] = joint_dynamics(bound)
+                dynamics: Callable[[Tensor, Tensor], Tensor] = joint_dynamics(
+                    bound, compile=self.compiled, precision=self.precision
+                )
                 tensors = bound.tensors
             else:
                 y0, tensors = z, (*field.parameters(), *(() if context is None else (context,)))
-                dynamics = StateDynamics(field, context)
+                dynamics = state_dynamics(field, z, context, compile=self.compiled)
             show = None if observer is None else functools.partial(observer, len(solutions))
             watch = Watch() if watched else None
-            ts, ys, stats = solver.integrate(
+            opened = solver if math.isnan(opening) else dataclasses.replace(solver, first_step=opening)
+            ts, ys, stats = opened.integrate(
                 dynamics, y0, t0, t1, times=inner, norm=norm, tensors=tensors, observer=show, watch=watch
             )
             states = ys[..., : self.features]
             logp = ys[..., self.features].reshape(len(ts), *batch) if density else None
             steps = None if watch is None else accepted_steps(watch, solver.method)
             states = states.reshape(len(ts), *batch, self.features)
-            solutions.append(Solution(ts, states, logp, stats, steps, StateDynamics(field, context)))
+            bound_field = StateDynamics(field, context)
+            solutions.append(Solution(ts, states, logp, stats, steps, bound_field, _tolerance(solver)))
             z = ys[-1, :, : self.features]
         return FlowSolution(tuple(solutions), reverse)
 
@@ -368,6 +407,12 @@ def _as_solver(solver: Solver | Mapping[str, Any] | None, *, tolerance: float) -
     if isinstance(solver, Solver):
         return solver
     return Solver(**{"rtol": tolerance, "atol": tolerance, **(solver or {})})
+
+
+def _tolerance(solver: Solver) -> tuple[float, float] | None:
+    method = METHODS[solver.method]
+    factor = method.tolerance_factor
+    return None if method.kind == "fixed" else (factor * solver.rtol, factor * solver.atol)
 
 
 def _as_modules(field: nn.Module | Sequence[nn.Module] | Callable[[], nn.Module], blocks: int) -> list[nn.Module]:

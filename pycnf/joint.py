@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 
@@ -9,11 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pycnf.compiled import Compile, Compiled, compile_bound
 from pycnf.divergence import BoundField, LinearizedField, call_field
 from pycnf.dynamics import Pullback
+from pycnf.fields import MLP
 from pycnf.solution import Steps
 from pycnf.stepper import Watch
 from pycnf.tableau import tableau
+from pycnf.tangents import OnePass
 
 
 class JointDynamics:
@@ -60,10 +64,54 @@ class StateDynamics:
         return self.field.parameters()
 
 
-def joint_dynamics(bound: BoundField) -> JointDynamics:
-    """Return the joint dynamics of a bound field, with its written-out pullback where it has one."""
+class _CompiledDynamics:
+    """Evaluate by compiled code, and where a graph is recorded by what it was made from."""
+
+    def __init__(self, plain: Callable[[Tensor, Tensor], Tensor], compiled: Compiled) -> None:
+        self.plain, self.compiled, self.tensors = plain, compiled, compiled.prepared
+
+    def __call__(self, t: Tensor, y: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and (y.requires_grad or any(tensor.requires_grad for tensor in self.tensors)):
+            return self.plain(t, y)
+        return self.compiled.forward(t, y)
+
+    def linearize(self, t: Tensor, y: Tensor) -> tuple[Tensor, Pullback]:
+        return self.compiled.forward(t, y), functools.partial(self.compiled.backward, t, y)
+
+
+def joint_dynamics(
+    bound: BoundField, *, compile: Compile = False, precision: str = "float32"
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the joint dynamics of a bound field, with its pullback written out where it has one.
+
+    Args:
+        bound: The field.
+        compile: Whether to take compiled code (:func:`pycnf.compiled.compile_bound`).
+        precision: Precision of the matrix products of a perceptron (:mod:`pycnf.products`).
+    """
+    if isinstance(bound, OnePass):
+        bound.round_to(precision)
     pullable = isinstance(bound, LinearizedField) and bound.pullable
-    return _PullableDynamics(bound) if pullable else JointDynamics(bound)
+    plain = _PullableDynamics(bound) if pullable else JointDynamics(bound)
+    compiled = compile_bound(bound, compile)
+    return plain if compiled is None else _CompiledDynamics(plain, compiled)
+
+
+def state_dynamics(
+    field: nn.Module, z: Tensor, context: Tensor | None, *, compile: Compile = False
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the dynamics of the states alone.
+
+    Args:
+        field: The field.
+        z: A batch like those to come, (B, D).
+        context: Context (B, C) or None.
+        compile: Whether to take compiled code (:func:`pycnf.compiled.compile_bound`).
+    """
+    plain, compiled = StateDynamics(field, context), None
+    if compile and type(field) is MLP:
+        compiled = compile_bound(OnePass(field, z, context, None), compile, density=False)
+    return plain if compiled is None else _CompiledDynamics(plain, compiled)
 
 
 def channel_norm(features: int) -> Callable[[Tensor], Tensor]:

@@ -27,7 +27,8 @@ from pycnf.julia_worker import Arrays, Message, read_frame, write_frame
 
 PACKAGE = "PyCNFReference"
 START_TIMEOUT = 600.0  # seconds; the first start after an installation compiles
-JULIA_METHODS = ("Tsit5", "DP5", "Vern7", "Vern9", "VCABM", "Rodas5P")
+JULIA_METHODS = {"Tsit5": 5, "DP5": 5, "Vern7": 7, "Vern9": 9, "VCABM": 0, "Rodas5P": 5}
+"""Methods of the Julia package and their orders, 0 where it varies."""
 
 
 class JuliaUnavailable(ImportError):

@@ -13,16 +13,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pycnf.crosscheck import Crosscheck, Deviation
 from pycnf.diagnostics import Contributions, Difficulty, LocalErrors, PolynomialContent, WorkPoint
 from pycnf.experiments.arms import write_tolerance
 from pycnf.plots import COLORS, INK, MARKERS, house_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 CHANNELS = {"z": ("state z", COLORS[0]), "logp": ("log p", COLORS[1])}
 TINY = 1e-300  # what logarithmic axes show in place of zero: nothing
+WIDTH = 9.4  # inches of the widest figures: their text reads on a page of the book
+FEW, MANY = 100.0, 1e5  # ratio of the ends of a logarithmic axis of few and of many decades
 
 
 def local_error_figure(errors: LocalErrors, *, title: str | None = None) -> Figure:
@@ -32,13 +36,13 @@ def local_error_figure(errors: LocalErrors, *, title: str | None = None) -> Figu
     where both errors are below a hundredth of the tolerance.
 
     Args:
-        errors: Result of :func:`~pycnf.diagnostics.local_errors`.
+        errors: Result of :func:`~pycnf.diagnostics.steps.local_errors`.
         title: Title; None tells method, tolerance and counts.
     """
     kept, lost = errors.only_accepted(), ~errors.accepted
     stats = errors.stats
     label = title or f"{_solver(errors)}: {stats.accepted} steps, {stats.rejected} rejected, {stats.nfe} evaluations"
-    with house_figure(3, label) as (figure, (left, middle, right)):
+    with house_figure(3, label, width=WIDTH, height=3.5) as (figure, (left, middle, right)):
         edges = kept.clock.tolist()
         left.step([*edges, edges[-1] + float(kept.h[-1])], [*kept.h.tolist(), float(kept.h[-1])], where="post")
         left.lines[0].set(color=COLORS[0], label="accepted step")
@@ -59,9 +63,10 @@ def local_error_figure(errors: LocalErrors, *, title: str | None = None) -> Figu
         middle.axhline(1, color=INK, lw=0.9, ls=":")
         middle.plot([], [], "o-", color=INK, ms=4, label="true")
         middle.plot([], [], "o--", color=INK, ms=4, mfc="none", lw=0.9, label="estimate")
-        middle.set(xlabel=_time(errors), ylabel="local error over tolerance (RMS)")
+        middle.set(xlabel=_time(errors), ylabel="local error / tolerance (RMS)")
         right.axhline(1, color=INK, lw=0.9, ls=":")
         right.set(xlabel=_time(errors), ylabel="true local error / estimate", xlim=middle.get_xlim())
+        _plain_ticks(right.yaxis)
         for axes in (left, middle, right):
             _mark_blocks(axes, errors)
             axes.legend()
@@ -76,15 +81,15 @@ def difficulty_figure(errors: LocalErrors, difficulty: Difficulty, *, title: str
     costs alone: in the plane for two dimensions, else against its distance from the origin.
 
     Args:
-        errors: Result of :func:`~pycnf.diagnostics.local_errors`.
-        difficulty: Result of :func:`~pycnf.diagnostics.sample_difficulty` for the same batch.
+        errors: Result of :func:`~pycnf.diagnostics.steps.local_errors`.
+        difficulty: Result of :func:`~pycnf.diagnostics.samples.sample_difficulty` for the same batch.
         title: Title; None tells what the samples cost together.
     """
     alone = difficulty.alone
     label = title or (
         f"{_solver(errors)}: {difficulty.together} evaluations for {len(difficulty.share)} samples together"
     )
-    with house_figure(3, label) as (figure, (time, share, space)):
+    with house_figure(3, label, width=WIDTH, height=3.5) as (figure, (time, share, space)):
         edges, density = errors.density()
         floor = 0.5 * float(density.min())
         time.set_yscale("log")  # a first or last step may be tiny
@@ -92,12 +97,13 @@ def difficulty_figure(errors: LocalErrors, difficulty: Difficulty, *, title: str
         time.stairs(density, edges, baseline=floor, color=COLORS[0], lw=1.6)
         time.set(xlabel=_time(errors), ylabel="steps per unit of time, 1 / h")
         time.set_ylim(bottom=floor)
+        _plain_ticks(time.yaxis)
         _mark_blocks(time, errors)
         ordered = difficulty.share.sort(descending=True).values.cumsum(0)
         fractions = torch.linspace(0, 1, len(ordered) + 1)
         share.plot(fractions, torch.cat([torch.zeros(1), ordered]), color=COLORS[0], label="this batch")
         share.plot([0, 1], [0, 1], ":", color=INK, lw=0.9, label="equally hard")
-        share.set(xlabel="fraction of the samples, hardest first", ylabel="share of the squared error norm")
+        share.set(xlabel="fraction of samples, hardest first", ylabel="share of the squared error norm")
         share.legend()
         _draw_space(figure, space, difficulty.x[: len(alone)], alone, difficulty.together)
     return figure
@@ -109,20 +115,21 @@ def work_precision_figure(points: Iterable[WorkPoint], *, title: str | None = No
     Filled marks and full lines are adaptive methods, hollow marks and broken lines those with equal steps.
 
     Args:
-        points: Result of :func:`~pycnf.diagnostics.work_precision`.
+        points: Result of :func:`~pycnf.diagnostics.work.work_precision`.
         title: Title of the figure.
 
     Raises:
         ValueError: No solve came to its end.
     """
     groups = _by_method(points)
-    with house_figure(2, title, width=9.4, height=4.4) as (figure, panels):
+    with house_figure(2, title, width=WIDTH, height=4.4) as (figure, panels):
         for axes, (name, (words, _)) in zip(panels, CHANNELS.items(), strict=True):
             for i, (method, own) in enumerate(groups.items()):
                 errors = [getattr(point, f"error_{name}") for point in own]
                 axes.loglog([p.nfe for p in own], _positive(errors), label=method, **_look(i, own[0].kind))
             unit = " (nats)" if name == "logp" else ""
             axes.set(xlabel="function evaluations", ylabel=f"RMS error of {words} at the end{unit}")
+            _plain_ticks(axes.xaxis)
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right upper")
     return figure
@@ -134,14 +141,14 @@ def tolerance_figure(points: Iterable[WorkPoint], *, title: str | None = None) -
     On the dotted line the error equals the tolerance.
 
     Args:
-        points: Result of :func:`~pycnf.diagnostics.work_precision`.
+        points: Result of :func:`~pycnf.diagnostics.work.work_precision`.
         title: Title of the figure.
 
     Raises:
         ValueError: No solve with a tolerance came to its end.
     """
     groups = _by_method(point for point in points if point.tolerance is not None)
-    with house_figure(2, title, width=9.4, height=4.0) as (figure, panels):
+    with house_figure(2, title, width=WIDTH, height=4.0) as (figure, panels):
         for axes, (name, (words, _)) in zip(panels, CHANNELS.items(), strict=True):
             for i, (method, own) in enumerate(groups.items()):
                 errors = [getattr(point, f"error_{name}") for point in own]
@@ -160,11 +167,11 @@ def polynomial_figure(content: PolynomialContent, *, title: str | None = None) -
     """Draw the polynomial content of trajectories: coefficients by degree, and what is left over at each degree.
 
     Args:
-        content: Result of :func:`~pycnf.diagnostics.polynomial_content`.
+        content: Result of :func:`~pycnf.diagnostics.polynomials.polynomial_content`.
         title: Title of the figure.
     """
     degrees = range(content.degree + 1)
-    with house_figure(2, title) as (figure, panels):
+    with house_figure(2, title, width=8.2, height=3.6) as (figure, panels):
         for axes, found in zip(panels, (content.coefficient_rms(), content.residual_rms()), strict=True):
             for name, (words, color) in CHANNELS.items():
                 for i, values in enumerate(found[name]):
@@ -182,21 +189,21 @@ def contribution_figure(errors: LocalErrors, found: Contributions, *, title: str
     """Draw what each accepted step contributes to the error at the end of the flow.
 
     Args:
-        errors: Result of :func:`~pycnf.diagnostics.local_errors`.
-        found: Result of :func:`~pycnf.diagnostics.contributions` for it.
+        errors: Result of :func:`~pycnf.diagnostics.steps.local_errors`.
+        found: Result of :func:`~pycnf.diagnostics.propagation.contributions` for it.
         title: Title; None tells method and tolerance.
     """
     kept, rms = errors.only_accepted(), found.rms()
     total = found.total.square()
     ends = {"z": float(total[:, :-1].mean().sqrt()), "logp": float(total[:, -1].mean().sqrt())}
-    with house_figure(1, title or _solver(errors), width=5.6) as (figure, (axes,)):
+    with house_figure(1, title or _solver(errors), width=6.8, height=3.6) as (figure, (axes,)):
         middle = kept.clock + kept.h / 2
         for name, (words, color) in CHANNELS.items():
             axes.semilogy(middle, _shown(rms[name]), "o-", color=color, ms=4, label=f"one step, {words}")
             axes.axhline(max(ends[name], TINY), color=color, lw=0.9, ls="--", label=f"the whole solve, {words}")
         axes.set(xlabel=_time(errors), ylabel="RMS contribution to the error at the end")
         _mark_blocks(axes, errors)
-        axes.legend()
+        figure.legend(loc="outside right upper")
     return figure
 
 
@@ -211,8 +218,53 @@ def _draw_space(figure: Figure, axes: Axes, x: Tensor, alone: Tensor, together: 
         return
     axes.plot(x.norm(dim=1), alone, "o", color=COLORS[0], ms=4, alpha=0.6, mec="none", label="alone")
     axes.axhline(together, color=COLORS[1], lw=1.2, label="all together")
-    axes.set(xlabel="distance of the sample from the origin, |x|", ylabel="evaluations of the field")
+    axes.set(xlabel="distance from the origin, |x|", ylabel="evaluations of the field")
     axes.legend()
+
+
+def crosscheck_figure(found: Crosscheck, *, title: str | None = None) -> Figure:
+    """Draw how far every method is from the reference against the evaluations it spends, for z and for log p.
+
+    Full lines are adaptive methods, broken ones those with equal steps. The dotted line is the tight solve that was
+    held against the bound.
+
+    Args:
+        found: Result of :func:`~pycnf.crosscheck.crosscheck`.
+        title: Title; None tells the reference.
+    """
+    groups: dict[str, list[Deviation]] = {}
+    for row in found.sweep:
+        groups.setdefault(row.label, []).append(row)
+    sources = {"closed-form": "the closed form", "scipy": "SciPy", "julia": "Julia"}
+    label = title or f"{found.rows} rows against {sources[found.backend]}"
+    with house_figure(2, label, width=WIDTH, height=4.0) as (figure, panels):
+        for axes, (name, (words, _)) in zip(panels, CHANNELS.items(), strict=True):
+            for i, (method, own) in enumerate(groups.items()):
+                errors = [getattr(row, f"max_{name}") for row in own]
+                kind = "fixed" if own[0].tolerance is None else "adaptive"
+                axes.loglog([row.nfe for row in own], _positive(errors), label=method, **_look(i, kind))
+            tight = f"{found.agreement.method} at {write_tolerance(1e-12, 1e-12)}"
+            floor = max(getattr(found.agreement, f"max_{name}"), TINY)
+            axes.axhline(floor, color=INK, lw=0.9, ls=":", label=tight)
+            unit = " (nats)" if name == "logp" else ""
+            axes.set(xlabel="function evaluations", ylabel=f"largest difference of {words}{unit}")
+            axes.set_yscale("log")
+            _plain_ticks(axes.xaxis)
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right upper")
+    return figure
+
+
+def _plain_ticks(axis: Axis) -> None:
+    """Write the numbers of a logarithmic axis without powers of ten, and more of them where it has few decades."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = axis.get_view_interval()
+    if high < FEW * low:
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    if high < MANY * low:
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
 
 
 def _by_method(points: Iterable[WorkPoint]) -> dict[str, list[WorkPoint]]:
@@ -260,6 +312,6 @@ def _positive(values: Sequence[float]) -> list[float]:
 
 
 __all__ = [
-    *("contribution_figure", "difficulty_figure", "local_error_figure", "polynomial_figure"),
+    *("contribution_figure", "crosscheck_figure", "difficulty_figure", "local_error_figure", "polynomial_figure"),
     *("tolerance_figure", "work_precision_figure"),
 ]

@@ -25,7 +25,8 @@ from pycnf.julia import JULIA_METHODS, JuliaError, JuliaUnavailable, shared_work
 from pycnf.solution import Solution, SolveError, SolveStats
 
 Backend = Literal["auto", "closed-form", "scipy", "julia"]
-SCIPY_METHODS = ("DOP853", "Radau", "RK45", "RK23", "BDF", "LSODA")
+SCIPY_METHODS = {"DOP853": 8, "Radau": 5, "RK45": 5, "RK23": 3, "BDF": 0, "LSODA": 0}
+"""SciPy's methods and their orders, 0 where it varies."""
 TOLERANCE = 1e-13
 
 
@@ -42,9 +43,9 @@ class ClosedForm(Protocol):
 def reference_solve(  # type: ignore[overload-overlap]  # a flow is a module too, and comes first
     target: CNF,
     x: Tensor,
-    context: Tensor | None = ...,
-    *,
     times: Tensor | Sequence[float] | None = ...,
+    *,
+    context: Tensor | None = ...,
     backend: Backend = ...,
     method: str | None = ...,
     rtol: float = ...,
@@ -58,9 +59,9 @@ def reference_solve(  # type: ignore[overload-overlap]  # a flow is a module too
 def reference_solve(
     target: nn.Module,
     x: Tensor,
-    context: Tensor | None = ...,
-    *,
     times: Tensor | Sequence[float] | None = ...,
+    *,
+    context: Tensor | None = ...,
     T: float = ...,
     backend: Backend = ...,
     method: str | None = ...,
@@ -74,9 +75,9 @@ def reference_solve(
 def reference_solve(
     target: nn.Module,
     x: Tensor,
-    context: Tensor | None = None,
-    *,
     times: Tensor | Sequence[float] | None = None,
+    *,
+    context: Tensor | None = None,
     T: float | None = None,
     backend: Backend = "auto",
     method: str | None = None,
@@ -93,9 +94,9 @@ def reference_solve(
 
     Args:
         target: A flow, or one field v(t, z).
-        x: States at the start, shape (*batch, D).
-        context: Context (C,) or (*batch, C) where the field takes one.
+        x: States at the start, shape ``(*batch, D)``.
         times: Interior times in (0, T), increasing, at which (each block's) states are wanted.
+        context: Context ``(C,)`` or ``(*batch, C)`` where the field takes one.
         T: End time of a field, 1 if not given; a flow has its own.
         backend: ``"closed-form"``, ``"scipy"``, ``"julia"``, or ``"auto"`` (:func:`choose_backend`).
         method: Method of the backend: one of ``SCIPY_METHODS`` (DOP853 if not given, Radau for stiff fields) or
@@ -286,6 +287,66 @@ def _solve_julia(problem: _Problem, control: _Control) -> Solution:
     return Solution(problem.ts, z, logp, stats)
 
 
+@dataclass(frozen=True)
+class StepErrors:
+    """Hold the true local errors of the S accepted steps of a solve.
+
+    Attributes:
+        t: Times at which the steps start, (S,).
+        h: Their sizes, (S,).
+        z: Error of the state in which each step ends, (S, B, D).
+        logp: Error of log p there, in nats, (S, B).
+    """
+
+    t: Tensor
+    h: Tensor
+    z: Tensor
+    logp: Tensor
+
+
+def julia_local_errors(
+    field: nn.Module,
+    x: Tensor,
+    *,
+    context: Tensor | None = None,
+    T: float = 1.0,
+    method: str = "Tsit5",
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+    timeout: float | None = None,
+) -> StepErrors:
+    """Solve a field with one of Julia's methods and measure, in Julia, the true local error of each accepted step.
+
+    Julia solves each step again from its own start with Vern9 at 1e-13; nothing of torch takes part. The counterpart
+    for pycnf's own steps is :func:`~pycnf.diagnostics.steps.local_errors`.
+
+    Args:
+        field: An :class:`~pycnf.fields.MLP`, such as a block of ``flow.fields``.
+        x: States at the start, shape (B, D).
+        context: Context (C,) or (B, C) where the field takes one.
+        T: End time.
+        method: One of ``JULIA_METHODS``.
+        rtol: Relative tolerance.
+        atol: Absolute tolerance, in units of the state.
+        timeout: Seconds that Julia may take; None for no limit.
+
+    Returns:
+        The errors, float64 tensors on the CPU.
+
+    Raises:
+        ValueError: On impossible arguments or another field.
+        JuliaUnavailable: When Julia is not there.
+        JuliaError: When the solve fails.
+    """
+    chosen, tolerances = _choose_method("julia", method), (_positive(rtol, "rtol"), _positive(atol, "atol"))
+    _, z, context = _check(field, x, context)
+    message, arrays = describe_problem(field, z, context)
+    message |= {"command": "local_errors", "T": _positive(T, "T"), "method": chosen}
+    message |= dict(zip(("rtol", "atol"), tolerances, strict=True))
+    _, found = shared_worker().call(message, arrays, timeout=timeout)
+    return StepErrors(*(torch.from_numpy(np.ascontiguousarray(found[name])) for name in ("t", "h", "z", "logp")))
+
+
 def describe_problem(
     field: nn.Module, z: Tensor, context: Tensor | None = None
 ) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
@@ -320,7 +381,7 @@ def describe_problem(
 
 
 _SOLVES = {"closed-form": _solve_closed, "scipy": _solve_scipy, "julia": _solve_julia}
-_METHODS: dict[str, tuple[str, ...]] = {"scipy": SCIPY_METHODS, "julia": JULIA_METHODS}
+_METHODS: dict[str, dict[str, int]] = {"scipy": SCIPY_METHODS, "julia": JULIA_METHODS}
 _DEFAULTS = {"closed-form": "", "scipy": "DOP853", "julia": "Vern9"}
 
 
@@ -365,4 +426,7 @@ def _time_grid(end: float, times: Tensor | Sequence[float] | None, *, reverse: b
     return ts.flip(0) if reverse else ts
 
 
-__all__ = ["SCIPY_METHODS", "Backend", "ClosedForm", "choose_backend", "describe_problem", "reference_solve"]
+__all__ = [
+    *("SCIPY_METHODS", "Backend", "ClosedForm", "StepErrors"),
+    *("choose_backend", "describe_problem", "julia_local_errors", "reference_solve"),
+]

@@ -58,6 +58,8 @@ class SolveStats:
         min_step: Smallest accepted step, in units of t (inf where no step was taken).
         max_step: Largest accepted step, in units of t (0 where no step was taken).
         stopped: Whether the evaluation budget ended the solve early.
+        opening: Size of the first step with which a like solve can start, in units of t: what the step control
+            makes of the first accepted step. NaN where no step was chosen, or in a sum.
     """
 
     nfe: int = 0
@@ -67,6 +69,7 @@ class SolveStats:
     min_step: float = math.inf
     max_step: float = 0.0
     stopped: bool = False
+    opening: float = math.nan
 
     def accept(self, step: float) -> None:
         """Count an accepted step of this size."""
@@ -110,7 +113,7 @@ class Steps:
         t: Times at the steps' starts (S,), float64.
         h: Signed sizes (S,), float64.
         error: Embedded error estimates in units of the state, ``(S, B, C)``.
-        scale: Tolerances atol + rtol max(|y_0|, |y_1|), ``(S, B, C)``, without gradient.
+        scale: Tolerances ``atol + rtol * max(|y_0|, |y_1|)``, ``(S, B, C)``, without gradient.
         slope_change: f(Y_s) - f(Y_{s-1}) of the last two stages where both sit at the end of the step, else None.
         stage_change: Y_s - Y_{s-1}, likewise.
         order: Order of the method.
@@ -147,6 +150,7 @@ class Solution:
         stats: What the solve cost; live, so that backward calls show after ``loss.backward()``.
         steps: The accepted steps, where they were asked for.
         field: The field that was integrated, where the solve was a flow's.
+        tolerance: (rtol, atol) of the step control; None where there was none.
     """
 
     ts: Tensor
@@ -155,6 +159,7 @@ class Solution:
     stats: SolveStats
     steps: Steps | None = None
     field: BoundVelocity | None = None
+    tolerance: tuple[float, float] | None = None
 
     def at(self, times: Tensor) -> Solution:
         """Restrict to the two ends and those of the sampled times that are named, all exactly in ``ts``.

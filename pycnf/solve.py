@@ -1,7 +1,7 @@
 """Solve initial value problems: methods, tolerances, gradient modes, sampled times and exact statistics.
 
-This is the door to the solvers: :mod:`pycnf.wrapped` calls torchdiffeq's, ``pycnf.stepper`` takes the same
-adaptive steps faster.
+This is the door to the solvers: :mod:`pycnf.wrapped` calls torchdiffeq's, :mod:`pycnf.stepper` takes the same
+adaptive steps faster, :mod:`pycnf.backprop` differentiates through them and :mod:`pycnf.adjoint` by a second solve.
 It integrates any ``dy/dt = func(t, y)`` on a matrix state ``y`` of shape (B, C); what the columns mean is the
 business of :mod:`pycnf.flow`.
 """
@@ -11,13 +11,13 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from pycnf import stepper, wrapped
+from pycnf import adjoint, backprop, stepper, wrapped
 from pycnf.dynamics import AutogradDynamics
 from pycnf.solution import SolveStats, SolveWarning
 
@@ -78,8 +78,13 @@ class Solver:
         rtol: Relative tolerance, > 0 (adaptive and SciPy methods).
         atol: Absolute tolerance, in units of the state, > 0 (adaptive and SciPy methods).
         gradient: ``"backprop"`` differentiates through the solver's own steps, whose sizes are held fixed
-            (memory grows with the number of evaluations). ``"adjoint"`` solves the adjoint equation
-            backwards (constant memory; gradient correct to tolerance; extra calls).
+            (memory grows with the number of evaluations). ``"checkpoint"`` gives the same gradient to rounding from
+            the accepted steps alone: their stages are evaluated again in the backward pass, one step at a time
+            (adaptive methods of the engine ``"pycnf"`` and fields that repeat themselves; memory for one step's
+            stages and two states a step; one more call for each stage of an accepted step). ``"adjoint"`` solves the
+            adjoint equation backwards (constant memory; gradient correct to tolerance; calls of its own). Rule of
+            thumb, from ``benchmarks/gradient_modes.py``: ``"backprop"`` is the fastest where its memory suffices, the
+            memory of ``"checkpoint"`` hardly grows with the number of evaluations, ``"adjoint"`` holds the least.
         samples: How states at sampled times are taken from an adaptive solve: ``"dense"`` from the step's
             interpolating polynomial (no extra calls), ``"exact"`` by ending a step there (as accurate as the
             end state; extra steps).
@@ -87,21 +92,24 @@ class Solver:
             from cubic Hermite interpolation, one extra call for each sample and one for the end, or with
             ``"exact"`` from extra grid points.
         max_nfe: Budget of forward calls per solve (per block of a flow); None for no limit. The backward solve
-            of the adjoint has the same budget and always raises at its end.
+            of the adjoint has the same budget and always raises at its end; checkpoints never need more.
         on_budget: ``"error"`` raises :class:`~pycnf.solution.SolveError` at the budget, ``"stop"`` returns the last
             accepted state with ``stats.stopped = True`` and a :class:`~pycnf.solution.SolveWarning`; not with
-            ``gradient="adjoint"``, whose shortened solve would have to be run again.
+            ``gradient="adjoint"``.
         min_step: Smallest step, in units of t: steps this small are accepted whatever their error.
         max_step: Largest step, in units of t.
-        first_step: First step, in units of t; None lets the method choose (one extra call).
+        first_step: First step, in units of t; None lets the method choose (one extra call). The backward solve of the
+            adjoint goes on with the step at which the forward solve arrived.
         adjoint_rtol: Relative tolerance of the backward solve; None for ``rtol``.
-        adjoint_atol: Absolute tolerance of the backward solve; None for ``atol``.
+        adjoint_atol: Absolute tolerance of the backward solve, for the states and for the loss's gradients with
+            respect to them, which are small where the loss is a mean over many rows; None for ``atol``.
         adjoint_norm: ``"seminorm"`` leaves the parameter gradients out of the backward step control (Kidger
             et al. 2021), ``"full"`` keeps them in.
         scipy_method: Method of ``scipy.integrate.solve_ivp`` for ``method="scipy_solver"``.
         engine: ``"pycnf"`` takes adaptive steps with ``pycnf.stepper``, ``"torchdiffeq"`` with torchdiffeq: the
-            same steps to rounding, slower, differentiable more than once. Fixed-step and SciPy methods, and the
-            adjoint, are torchdiffeq's in any case.
+            same steps to rounding, slower, with ``"backprop"`` differentiable more than once. Its adjoint starts
+            anew at every sampled time, where that of ``"pycnf"`` goes on (unless ``samples="exact"`` ends a step
+            there). Fixed-step and SciPy methods are torchdiffeq's in any case.
 
     Raises:
         ValueError: On an unknown name or an impossible setting, with what is possible.
@@ -120,7 +128,7 @@ class Solver:
     method: str = "dopri5"
     rtol: float = 1e-5
     atol: float = 1e-5
-    gradient: Literal["backprop", "adjoint"] = "backprop"
+    gradient: Literal["backprop", "adjoint", "checkpoint"] = "backprop"
     samples: Literal["dense", "exact"] = "dense"
     n_steps: int | None = None
     max_nfe: int | None = None
@@ -136,7 +144,7 @@ class Solver:
 
     def __post_init__(self) -> None:
         _choose("method", self.method, tuple(METHODS))
-        _choose("gradient", self.gradient, ("backprop", "adjoint"))
+        _choose("gradient", self.gradient, ("backprop", "adjoint", "checkpoint"))
         _choose("samples", self.samples, ("dense", "exact"))
         _choose("on_budget", self.on_budget, ("error", "stop"))
         _choose("adjoint_norm", self.adjoint_norm, ("seminorm", "full"))
@@ -164,7 +172,13 @@ class Solver:
             )
         if self.gradient == "adjoint" and self.on_budget == "stop":
             raise ValueError(
-                "on_budget='stop' needs gradient='backprop': the adjoint cannot start from a partial solve"
+                "on_budget='stop' needs gradient='backprop' or 'checkpoint': the adjoint does not start from a "
+                "shortened solve"
+            )
+        if self.gradient == "checkpoint" and not self._own:
+            raise ValueError(
+                "gradient='checkpoint' needs an adaptive method and engine='pycnf', got method "
+                f"{self.method!r} and engine {self.engine!r}: take 'backprop' or 'adjoint'"
             )
         if METHODS[self.method].multistep and self.samples == "exact":
             raise ValueError(f"method {self.method!r} needs equal steps: take samples='dense'")
@@ -173,6 +187,10 @@ class Solver:
     def kind(self) -> str:
         """Say whether the method is ``"adaptive"``, ``"fixed"`` or ``"scipy"``."""
         return METHODS[self.method].kind
+
+    @property
+    def _own(self) -> bool:
+        return self.kind == "adaptive" and self.engine == "pycnf"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings that differ from the defaults, ready for JSON, plus method, rtol and atol."""
@@ -225,20 +243,27 @@ class Solver:
             raise ValueError(
                 "scipy_solver cannot be differentiated: take gradient='adjoint' or solve under torch.no_grad()"
             )
-        adjoint = differentiate and self.gradient == "adjoint"
-        factor, norm = METHODS[self.method].tolerance_factor, norm or stepper.rms
-        progress = stepper.Progress(SolveStats(), float(ts[0]), max_nfe=self.max_nfe)
+        backward = differentiate and self.gradient == "adjoint"
+        if (observer is not None or watch is not None) and (backward or not self._own):
+            raise ValueError(
+                "only an adaptive method with engine='pycnf' and gradient='backprop' or 'checkpoint' shows its steps "
+                f"to observers and to regularizers of the solver's error, got method {self.method!r}, engine "
+                f"{self.engine!r} and gradient {self.gradient!r}"
+            )
+        norm, progress = norm or stepper.rms, stepper.Progress(SolveStats(), float(ts[0]), max_nfe=self.max_nfe)
         try:
-            if self.kind == "adaptive" and self.engine == "pycnf" and not adjoint:
-                ys = self._step(func, y0, ts, factor, norm, tensors, progress, observer, watch)
-            elif observer is not None or watch is not None:
-                raise ValueError(
-                    "only an adaptive method with engine='pycnf' and gradient='backprop' shows its steps to "
-                    f"observers and to regularizers of the solver's error, got method {self.method!r}, engine "
-                    f"{self.engine!r} and gradient {self.gradient!r}"
-                )
+            if not self._own:
+                factor = METHODS[self.method].tolerance_factor
+                ys = wrapped.integrate(func, y0, ts, self, factor, norm, tensors, progress, adjoint=backward)
             else:
-                ys = wrapped.integrate(func, y0, ts, self, factor, norm, tensors, progress, adjoint=adjoint)
+                times, control = ts.tolist(), self._control(ts.tolist(), norm, observer)
+                dynamics: Any = func if hasattr(func, "linearize") else AutogradDynamics(func, tensors)
+                if backward:
+                    back, full = self._backward_control(control, times), self.adjoint_norm == "full"
+                    ys = adjoint.integrate(dynamics, y0, times, control, progress, back, full_norm=full)
+                else:
+                    again = self.gradient == "checkpoint"
+                    ys = backprop.integrate(dynamics, y0, times, control, progress, watch, checkpoint=again)
         except stepper.StepError as err:
             raise stepper.explain_failure(err.cause, self.method, progress) from err.__cause__
         if progress.stats.stopped:
@@ -251,20 +276,9 @@ class Solver:
             )
         return ts, ys, progress.stats
 
-    def _step(
-        self,
-        func: Dynamics,
-        y0: Tensor,
-        ts: Tensor,
-        factor: float,
-        norm: Norm,
-        tensors: Sequence[Tensor],
-        progress: stepper.Progress,
-        observer: stepper.Observer | None,
-        watch: stepper.Watch | None,
-    ) -> Tensor:
-        times = ts.tolist()
-        control = stepper.StepControl(
+    def _control(self, times: list[float], norm: Norm, observer: stepper.Observer | None) -> stepper.StepControl:
+        factor = METHODS[self.method].tolerance_factor
+        return stepper.StepControl(
             method=self.method,
             rtol=factor * self.rtol,
             atol=factor * self.atol,
@@ -276,8 +290,17 @@ class Solver:
             soft_stop=self.on_budget == "stop",
             observer=observer,
         )
-        dynamics: Any = func if hasattr(func, "linearize") else AutogradDynamics(func, tensors)
-        return stepper.integrate(dynamics, y0, times, control, progress, watch)
+
+    def _backward_control(self, control: stepper.StepControl, times: list[float]) -> stepper.StepControl:
+        factor = METHODS[self.method].tolerance_factor
+        return replace(
+            control,
+            rtol=factor * (self.adjoint_rtol or self.rtol),
+            atol=factor * (self.adjoint_atol or self.atol),
+            stops=tuple(times[-2::-1] if self.samples == "exact" else times[:1]),
+            first_step=None,
+            soft_stop=False,
+        )
 
 
 def _choose(name: str, value: object, allowed: tuple[str, ...]) -> None:

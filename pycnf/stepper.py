@@ -1,13 +1,9 @@
-r"""Adaptive Runge-Kutta steps whose reverse pass is written out.
+r"""Adaptive Runge-Kutta steps: their control, what may be seen of them, and how they fail.
 
-:func:`integrate` takes the steps that torchdiffeq's adaptive methods take (same tableaus, initial step, error
-norm, step-size rule and interpolant), decides them on the host with one synchronization a step, and differentiates
-through them without recording the solver's arithmetic: every stage, solution and dense output is linear in the
-start y_0 of its step and the slopes k_j,
-
-    Y_i = y_0 + h sum_j a_ij k_j,   k_i = f(t + c_i h, Y_i),   y_1 = y_0 + h sum_j b_j k_j,
-
-so the reverse pass needs only the pullbacks of f at the stages.
+:class:`Stepper` takes the steps that torchdiffeq's adaptive methods take (same tableaus, initial step, error norm and
+step-size rule) and decides them on the host, with one synchronization a step. What is integrated, and what happens
+between the steps, is for its subclasses to say: :mod:`pycnf.backprop` samples a solve and differentiates through it,
+:mod:`pycnf.adjoint` solves the adjoint equation backwards.
 
 References:
     Hairer, Norsett & Wanner, Solving Ordinary Differential Equations I, sections II.4 and II.6.
@@ -16,16 +12,17 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pycnf.dynamics import Dynamics, Pullback
-from pycnf.solution import SolveError, SolveStats, refuse_second_derivatives
+from pycnf.dynamics import Dynamics
+from pycnf.solution import SolveError, SolveStats
 from pycnf.tableau import tableau
 
 Norm = Callable[[Tensor], Tensor]
@@ -103,7 +100,7 @@ class Watch:
     values: Tensor | None = None
 
 
-def explain_failure(cause: str, method: str, progress: Progress) -> SolveError:
+def explain_failure(cause: str, method: str, progress: Progress, *, backward: bool = False) -> SolveError:
     """Turn the end of an integration into an error that says what happened and what to try."""
     advice = (
         "a smaller learning rate or gradient clipping if this is training, a looser tolerance or min_step > 0, "
@@ -116,6 +113,9 @@ def explain_failure(cause: str, method: str, progress: Progress) -> SolveError:
         cause = "the step size underflowed: the field is stiff or discontinuous for this method and tolerance"
     elif cause in ("underflow", "non-finite"):
         cause = "the field returns NaN or infinity there or close by, so it has blown up"
+    if backward:
+        cause = f"in the adjoint's backward solve, {cause}"
+        advice = "gradient='backprop' (or 'checkpoint'), which solves nothing backwards, or a larger max_nfe"
     return SolveError(cause, advice, method=method, t=progress.t, step=progress.step, nfe=progress.stats.nfe)
 
 
@@ -148,169 +148,142 @@ class StepControl:
     observer: Observer | None = None
 
 
-def integrate(
-    dynamics: Dynamics,
-    y0: Tensor,
-    ts: Sequence[float],
-    control: StepControl,
-    progress: Progress,
-    watch: Watch | None = None,
-) -> Tensor:
-    """Integrate from ts[0] to ts[-1] and return the states at ts, shape ``(K, *y0.shape)``.
+P = TypeVar("P")
+
+
+@dataclass(frozen=True)
+class Step(Generic[P]):
+    """Hold one step that was tried.
+
+    Attributes:
+        t: Time at its start.
+        t1: Time at its end.
+        h: Its signed size.
+        y0: State at its start.
+        y1: State at its end.
+        slopes: Slopes k of the s stages, each as one vector, (s, N).
+        points: What evaluations left at the stages after the first.
+        error: Embedded error estimate over the tolerance, shaped like y0.
+        scale: Tolerance, shaped like y0.
+    """
+
+    t: float
+    t1: float
+    h: float
+    y0: Tensor
+    y1: Tensor
+    slopes: Tensor
+    points: list[P]
+    error: Tensor
+    scale: Tensor
+
+    @property
+    def slope(self) -> Tensor:
+        """Slope at its end, which the next step starts from."""
+        return self.slopes[-1].view_as(self.y1)
+
+    def combine(self, weights: np.ndarray) -> Tensor:
+        """Return y0 + h sum_j w_j k_j."""
+        flat = self.y0.reshape(-1)
+        return torch.addmv(flat, self.slopes.t(), torch.as_tensor(weights * self.h).to(flat)).view_as(self.y0)
+
+
+class Stepper(ABC, Generic[P]):
+    """Take adaptive steps; what they integrate and what becomes of them is for subclasses to say.
 
     Args:
         dynamics: Right-hand side.
-        y0: Start, any shape; it is treated as one vector.
-        ts: Times, monotone, the start first and the end last.
         control: What decides the steps.
-        progress: Counts and position, updated as the solve goes; after a :class:`StepError` they tell where.
-        watch: What to fill with the accepted steps; None to keep nothing of them.
+        progress: Counts and position, updated as the integration goes.
 
-    Raises:
-        StepError: When the budget is spent or no step can be taken.
+    Attributes:
+        size: Step with which to go on after the last one, or which that would have had without the stop that cut it.
     """
-    # the run shares the lists but not the values, whose graph holds the run: a cycle would never be freed
-    noted = None if watch is None else Watch(watch.t, watch.h, watch.scales)
-    if torch.is_grad_enabled() and (y0.requires_grad or any(tensor.requires_grad for tensor in dynamics.tensors)):
-        out, watched = _Integrate.apply(dynamics, tuple(ts), control, progress, noted, y0, *dynamics.tensors)
-    else:
-        out, watched = _Run(dynamics, control, progress, noted, record=False).forward(y0, ts)
-    if watch is not None:
-        watch.values = watched
-    return out
 
-
-@dataclass
-class _Step:
-    """Keep what the reverse pass needs of one accepted step."""
-
-    h: float
-    pullbacks: list[Pullback]
-    samples: list[tuple[int, np.ndarray | None]] = field(default_factory=list)
-
-
-class _Run:
-    """Carry one integration forward and, where it was recorded, back."""
-
-    def __init__(
-        self, dynamics: Dynamics, control: StepControl, progress: Progress, watch: Watch | None, *, record: bool
-    ) -> None:
-        self.dynamics, self.control, self.progress, self.record = dynamics, control, progress, record
-        self.watch, self.watched = watch, list[Tensor]()
+    def __init__(self, dynamics: Dynamics, control: StepControl, progress: Progress) -> None:
+        self.dynamics, self.control, self.progress = dynamics, control, progress
         self.tableau = tableau(control.method)
-        self.steps: list[_Step] = []
-        self.y = torch.empty(0)
-        self.start: Pullback | None = None
+        self.size = math.nan
 
-    def evaluate(self, t: float, y: Tensor) -> tuple[Tensor, Pullback | None]:
-        """Evaluate the dynamics at one point, with the pullback where the run is recorded."""
-        self.progress.spend()
-        time = torch.full((), t, dtype=y.dtype, device=y.device)
-        if self.record:
-            return self.dynamics.linearize(time, y)
-        value = self.dynamics(time, y)
-        if value.requires_grad:
-            raise ValueError("the right-hand side closes over tensors that want gradients: name them in tensors=")
-        return value, None
+    @staticmethod
+    def time(t: float, y: Tensor) -> Tensor:
+        """Return a time as a scalar beside a state."""
+        return torch.full((), t, dtype=y.dtype, device=y.device)
 
-    def forward(self, y0: Tensor, ts: Sequence[float]) -> tuple[Tensor, Tensor]:
-        """Take the steps: the states at ts, or at the start and a soft stop, and what is watched of the steps."""
-        out = torch.empty(len(ts), *y0.shape, dtype=y0.dtype, device=y0.device)
-        out[0] = y0
-        self.y = y0
-        try:
-            self.advance(out, ts)
-        except StepError as err:
-            if err.cause != "budget" or not self.control.soft_stop:
-                raise
-            self.progress.stats.stopped = True
-            out = torch.stack([y0, self.y])
-            for step in self.steps:
-                step.samples.clear()
-            if self.steps:
-                self.steps[-1].samples.append((1, None))
-        return out, torch.stack(self.watched) if self.watched else y0.new_zeros(0, 3, *y0.shape)
+    @abstractmethod
+    def begin(self, t: float, y: Tensor) -> Tensor:
+        """Return the slope at the start."""
 
-    def advance(self, out: Tensor, ts: Sequence[float]) -> None:
-        """Take the steps and fill in the states at ts[1:]."""
-        control, progress, y = self.control, self.progress, self.y
+    @abstractmethod
+    def evaluate(self, t: float, y: Tensor) -> tuple[Tensor, P]:
+        """Return the slope at one point, and what else the evaluation leaves."""
+
+    @abstractmethod
+    def accept(self, step: Step[P]) -> tuple[Tensor, Tensor]:
+        """Use an accepted step, and return the state and the slope from which to go on."""
+
+    def prepare(self, t: float, t1: float, y: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the state and the slope from which to try a step from t to t1."""
+        return y, slope
+
+    def measure(self, step: Step[P]) -> Tensor:
+        """Return the norm of a step's error over the tolerance."""
+        return self.control.norm(step.error)
+
+    def advance(self, y: Tensor, start: float, end: float) -> None:
+        """Take the steps from start to end."""
+        control, progress, stops = self.control, self.progress, list(self.control.stops)
         rows = torch.as_tensor(self.tableau.rows, dtype=y.dtype, device=y.device)
-        t, end, direction = ts[0], ts[-1], math.copysign(1.0, ts[-1] - ts[0])
-        stops = list(control.stops)
-        slope, self.start = self.evaluate(t, y)
-        size, sample = control.first_step or self.initial_step(t, y, slope, direction), 1
+        t, direction = start, math.copysign(1.0, end - start)
+        slope = self.begin(t, y)
+        size = control.first_step or self.propose(t, y, slope, direction)
         while stops:
             size = min(max(size, control.min_step), control.max_step)
             progress.t, progress.step = t, size
-            on_stop = (t + direction * size - stops[0]) * direction > -1e-12 * abs(end - ts[0])
+            on_stop = (t + direction * size - stops[0]) * direction > -1e-12 * abs(end - start)
             t1 = stops[0] if on_stop else t + direction * size
-            h = t1 - t
-            y1, slopes, pullbacks, error, scale = self.step(t, h, y, slope, rows)
-            progress.ratio = ratio = abs(float(control.norm(error)))
-            accepted = ratio <= 1 or min(size, abs(h)) <= control.min_step
+            y, slope = self.prepare(t, t1, y, slope)
+            step = self.step(t, t1, y, slope, rows)
+            progress.ratio = ratio = abs(float(self.measure(step)))
+            accepted = ratio <= 1 or min(size, abs(step.h)) <= control.min_step
             if control.observer is not None:
-                control.observer(Attempt(t, h, y, y1, error, ratio, accepted))
+                control.observer(Attempt(t, step.h, y, step.y1, step.error, ratio, accepted))
+            following = abs(step.h) * self.factor(ratio)
             if accepted:
                 if not math.isfinite(ratio):
                     raise StepError("non-finite")
-                progress.stats.accept(abs(h))
-                step = _Step(h, pullbacks)
-                self.note(t, h, slopes, scale)
-                while sample < len(ts) and (t1 - ts[sample]) * direction >= 0:
-                    weights = None if ts[sample] == t1 else self.interpolate((ts[sample] - t) / h)
-                    out[sample] = y1 if weights is None else self.combine(y, slopes, weights, h)
-                    step.samples.append((sample, weights))
-                    sample += 1
-                if self.record:
-                    self.steps.append(step)
+                progress.stats.accept(abs(step.h))
+                if progress.stats.accepted == 1:
+                    progress.stats.opening = min(following, abs(end - start))
+                progress.t = t = t1
+                y, slope = self.accept(step)
                 if on_stop:
                     stops.pop(0)
-                t, y, slope = t1, y1, slopes[-1].view_as(y)
-                progress.t, self.y = t, y
+                self.size = max(following, size)
             else:
                 progress.stats.rejected += 1
-                if abs(h) * self.factor(ratio) < RESOLUTION * max(abs(t), abs(end)):
+                if following < RESOLUTION * max(abs(t), abs(end)):
                     raise StepError("underflow")
-            size = abs(h) * self.factor(ratio)
+            size = following
 
-    def step(
-        self, t: float, h: float, y: Tensor, slope: Tensor, rows: Tensor
-    ) -> tuple[Tensor, Tensor, list[Pullback], Tensor, Tensor]:
-        """Take one step: solution, slopes (s, N), the stages' pullbacks, error over the tolerance, tolerance."""
-        tab, control, flat = self.tableau, self.control, y.reshape(-1)
+    def step(self, t: float, t1: float, y: Tensor, slope: Tensor, rows: Tensor) -> Step[P]:
+        """Try one step from t to t1."""
+        tab, control, flat, h = self.tableau, self.control, y.reshape(-1), t1 - t
         s = len(tab.c) + 1
         slopes = torch.empty(s, flat.numel(), dtype=y.dtype, device=y.device)
         slopes[0] = slope.reshape(-1)
         weights = rows * h
-        pullbacks: list[Pullback] = []
+        points: list[P] = []
         stage = flat
         for i in range(1, s):
             stage = torch.addmv(flat, slopes[:i].t(), weights[i - 1, :i])
-            value, pullback = self.evaluate(t + float(tab.c[i - 1]) * h, stage.view_as(y))
+            value, point = self.evaluate(t + float(tab.c[i - 1]) * h, stage.view_as(y))
             slopes[i] = value.reshape(-1)
-            if pullback is not None:
-                pullbacks.append(pullback)
+            points.append(point)
         y1 = stage if tab.advances else torch.addmv(flat, slopes.t(), weights[s - 1])
         scale = torch.maximum(flat.abs(), y1.abs()).mul_(control.rtol).add_(control.atol)
         error = torch.mv(slopes.t(), weights[s]).div_(scale)
-        return y1.view_as(y), slopes, pullbacks, error.view_as(y), scale.view_as(y)
-
-    def note(self, t: float, h: float, slopes: Tensor, scale: Tensor) -> None:
-        """Keep of an accepted step what is watched."""
-        if self.watch is not None:
-            weights = torch.as_tensor(self.tableau.watched(h)).to(slopes)
-            self.watched.append((weights @ slopes).view(3, *scale.shape))
-            self.watch.t.append(t)
-            self.watch.h.append(h)
-            self.watch.scales.append(scale)
-
-    def combine(self, y: Tensor, slopes: Tensor, weights: np.ndarray, h: float) -> Tensor:
-        """Return y + h sum_j w_j k_j."""
-        return torch.addmv(y.reshape(-1), slopes.t(), torch.as_tensor(weights * h).to(y)).view_as(y)
-
-    def interpolate(self, theta: float) -> np.ndarray:
-        """Return the weights (s,) of the slopes in the dense output at a fraction theta of the step."""
-        return theta ** np.arange(4, 0, -1) @ self.tableau.dense
+        return Step(t, t1, h, y, y1.view_as(y), slopes, points, error.view_as(y), scale.view_as(y))
 
     def factor(self, ratio: float) -> float:
         """Return the factor of the step size after a step with this error over tolerance."""
@@ -321,7 +294,7 @@ class _Run:
         lowest = 1.0 if ratio < 1 else MIN_FACTOR
         return min(MAX_FACTOR, max(SAFETY / ratio ** (1 / self.tableau.order), lowest))
 
-    def initial_step(self, t: float, y: Tensor, slope: Tensor, direction: float) -> float:
+    def propose(self, t: float, y: Tensor, slope: Tensor, direction: float) -> float:
         """Choose the first step from the size of y, its slope and one Euler step."""
         control, order = self.control, self.tableau.order - 1
         scale = y.abs().mul(control.rtol).add_(control.atol)
@@ -330,74 +303,12 @@ class _Run:
             raise StepError("non-finite")
         h0 = 1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1
         self.progress.spend()
-        t1 = torch.full((), t + direction * h0, dtype=y.dtype, device=y.device)
-        probe = self.dynamics(t1, torch.add(y, slope, alpha=direction * h0))
+        probe = self.dynamics(self.time(t + direction * h0, y), torch.add(y, slope, alpha=direction * h0))
         d2 = abs(float(control.norm((probe - slope) / scale))) / h0
         if not math.isfinite(d2):
             return 1e-3 * h0
         h1 = max(1e-6, h0 * 1e-3) if max(d1, d2) <= 1e-15 else (0.01 / max(d1, d2)) ** (1 / (order + 1))
         return min(100 * h0, h1)
-
-    def backward(self, gout: Tensor, gwatched: Tensor, grads: list[Tensor]) -> Tensor:
-        """Pull gradients of the states at ts and of what is watched back to y_0, adding the tensors' to grads."""
-        tab = self.tableau
-        s, flat = len(tab.c) + 1, gout.reshape(len(gout), -1)
-        rows = torch.as_tensor(tab.rows, dtype=gout.dtype, device=gout.device)
-        gy = torch.zeros_like(flat[0]) if self.steps else flat[1].clone()
-        gslope = torch.zeros_like(gy)
-        for number, step in reversed(list(enumerate(self.steps))):
-            weights = rows * step.h
-            if self.watch is None:
-                gslopes = torch.zeros(s, gy.numel(), dtype=gy.dtype, device=gy.device)
-            else:
-                gslopes = torch.as_tensor(tab.watched(step.h)).to(gy).t() @ gwatched[number].reshape(3, -1)
-            gslopes[-1] += gslope
-            inside = torch.zeros_like(gy)
-            for sample, at in step.samples:
-                if at is None:
-                    gy = gy + flat[sample]
-                else:
-                    inside += flat[sample]
-                    gslopes.addr_(torch.as_tensor(at * step.h).to(gy), flat[sample])
-            if not tab.advances:
-                gslopes.addr_(weights[s - 1], gy)
-                inside += gy
-            for i in range(s - 1, 0, -1):
-                gstage = step.pullbacks[i - 1](gslopes[i].view(gout.shape[1:]), grads).reshape(-1)
-                if tab.advances and i == s - 1:
-                    gstage = gstage + gy
-                gslopes[:i].addr_(weights[i - 1, :i], gstage)
-                inside += gstage
-            gy, gslope = inside, gslopes[0]
-        if self.start is not None:
-            gy = gy + self.start(gslope.view(gout.shape[1:]), grads).reshape(-1)
-        return (gy + flat[0]).view(gout.shape[1:])
-
-
-class _Integrate(torch.autograd.Function):
-    """Join an integration to automatic differentiation."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        dynamics: Dynamics,
-        ts: tuple[float, ...],
-        control: StepControl,
-        progress: Progress,
-        watch: Watch | None,
-        y0: Tensor,
-        *tensors: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        ctx.run = _Run(dynamics, control, progress, watch, record=True)
-        ctx.tensors = tensors
-        return ctx.run.forward(y0, ts)
-
-    @staticmethod
-    def backward(ctx: Any, gout: Tensor, gwatched: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivatives()
-        grads = [torch.zeros_like(tensor) for tensor in ctx.tensors]
-        gy = ctx.run.backward(gout.contiguous(), gwatched, grads)
-        return None, None, None, None, None, gy, *grads
 
 
 def rms(y: Tensor) -> Tensor:
@@ -409,10 +320,11 @@ __all__ = [
     "Attempt",
     "Observer",
     "Progress",
+    "Step",
     "StepControl",
     "StepError",
+    "Stepper",
     "Watch",
     "explain_failure",
-    "integrate",
     "rms",
 ]

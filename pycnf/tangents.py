@@ -9,6 +9,7 @@ differentiation would record and move.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pycnf.fields import ACTIVATIONS, MLP, Activation, TimeLinear
+from pycnf.products import PRECISIONS, Products
 from pycnf.solution import refuse_second_derivatives
 
 Pullback = Callable[[Tensor, Tensor, list[Tensor]], Tensor]
@@ -36,7 +38,14 @@ class Rule(Protocol):
     ``offsets`` those of the layers between hidden ones.
     """
 
-    def prepare(self, first: Tensor, hidden: Sequence[Tensor], last: Tensor) -> list[Tensor]:
+    @property
+    def products(self) -> Products:
+        """How matrices are multiplied."""
+        ...
+
+    def prepare(
+        self, first: Tensor, hidden: Sequence[Tensor], last: Tensor, probes: Tensor | None = None
+    ) -> list[Tensor]:
         """Return what does not depend on the state."""
         ...
 
@@ -65,6 +74,7 @@ class Rule(Protocol):
         ...
 
 
+@dataclass(frozen=True)
 class Slopes:
     r"""Form the exact trace of up to three hidden layers as a multilinear form of their slopes.
 
@@ -74,7 +84,11 @@ class Slopes:
       S_3^i = W_3^T diag(W_4[i, :]): tangents from below and cotangents from above meet in the middle.
     """
 
-    def prepare(self, first: Tensor, hidden: Sequence[Tensor], last: Tensor) -> list[Tensor]:
+    products: Products = PRECISIONS["float32"]
+
+    def prepare(
+        self, first: Tensor, hidden: Sequence[Tensor], last: Tensor, probes: Tensor | None = None
+    ) -> list[Tensor]:
         if not hidden:
             return [(first * last.t()).sum(1)]
         if len(hidden) == 1:
@@ -96,15 +110,15 @@ class Slopes:
             h = f.value(a)
             saved += [a, h, f.slope(a, h)]
             if i < len(weights):
-                a = torch.addmm(offsets[i], h, weights[i].t())
+                a = self.products.addmm(offsets[i], h, weights[i].t())
         s = saved[2::3]
         if len(s) == 1:
             return h, torch.mv(s[0], constants[0]), saved
         if len(s) == 2:
-            q = torch.mm(s[0], constants[0].t())
+            q = self.products.mm(s[0], constants[0].t())
         else:
-            below = torch.mm(s[0], constants[0]).view(len(a), -1, s[1].shape[1])
-            above = torch.mm(s[2], constants[1]).view_as(below)
+            below = self.products.mm(s[0], constants[0]).view(len(a), -1, s[1].shape[1])
+            above = self.products.mm(s[2], constants[1]).view_as(below)
             q = (below * above).sum(1)
             saved += [below, above]
         saved.append(q)
@@ -127,25 +141,26 @@ class Slopes:
             gs = [g * constants[0]]
         elif depth == 2:
             gq = g * s[1]
-            grads.constants[0].addmm_(gq.t(), s[0])
-            gs = [torch.mm(gq, constants[0]), g * saved[-1]]
+            self.products.accumulate(grads.constants[0], gq.t(), s[0])
+            gs = [self.products.mm(gq, constants[0]), g * saved[-1]]
         else:
             below, above = saved[-3:-1]
             gq = (g * s[1]).unsqueeze(1)
             gbelow, gabove = (above * gq).flatten(1), (below * gq).flatten(1)
-            grads.constants[0].addmm_(s[0].t(), gbelow)
-            grads.constants[1].addmm_(s[2].t(), gabove)
-            gs = [torch.mm(gbelow, constants[0].t()), g * saved[-1], torch.mm(gabove, constants[1].t())]
+            self.products.accumulate(grads.constants[0], s[0].t(), gbelow)
+            self.products.accumulate(grads.constants[1], s[2].t(), gabove)
+            gs = [self.products.mm(gbelow, constants[0].t()), g * saved[-1], self.products.mm(gabove, constants[1].t())]
         for i in range(depth - 1, 0, -1):
             a, h, slope = saved[3 * i : 3 * i + 3]
             ga = f.pull(a, h, slope, gh, gs[i])
-            grads.weights[i - 1].addmm_(ga.t(), saved[3 * i - 2])
+            self.products.accumulate(grads.weights[i - 1], ga.t(), saved[3 * i - 2])
             grads.offsets.append(ga.sum(0))
-            gh = torch.mm(ga, weights[i - 1])
+            gh = self.products.mm(ga, weights[i - 1])
         a, h, slope = saved[:3]
         return f.pull(a, h, slope, gh, gs[0])
 
 
+@dataclass(frozen=True)
 class Tangents:
     """Carry k tangents through the hidden layers beside the value, to meet k cotangents at the end.
 
@@ -154,13 +169,14 @@ class Tangents:
     that each layer costs one matrix product.
     """
 
-    def __init__(self, probes: Tensor | None) -> None:
-        self.probes = probes
+    products: Products = PRECISIONS["float32"]
 
-    def prepare(self, first: Tensor, hidden: Sequence[Tensor], last: Tensor) -> list[Tensor]:
-        if self.probes is None:
+    def prepare(
+        self, first: Tensor, hidden: Sequence[Tensor], last: Tensor, probes: Tensor | None = None
+    ) -> list[Tensor]:
+        if probes is None:
             return [first.t().unsqueeze(1), last.unsqueeze(1)]
-        return [F.linear(self.probes, first), self.probes @ last / len(self.probes)]
+        return [F.linear(probes, first), probes @ last / len(probes)]
 
     def forward(
         self,
@@ -180,7 +196,7 @@ class Tangents:
             saved += [a, h, s, tangents, both]
             if i < len(weights):
                 both[0] = h
-                out = torch.mm(both.view(-1, both.shape[2]), weights[i].t()).view(len(both), len(a), -1)
+                out = self.products.mm(both.view(-1, both.shape[2]), weights[i].t()).view(len(both), len(a), -1)
                 a, tangents = out[0].add_(offsets[i]), out[1:]
         return h, (both[1:] * cotangents).sum((0, 2)), saved
 
@@ -209,13 +225,72 @@ class Tangents:
             g[0] = ga
             torch.mul(gt, s, out=g[1:])
             flat, below = g.view(-1, g.shape[2]), saved[5 * i - 1]
-            grads.weights[i - 1].addmm_(flat.t(), below.view(-1, below.shape[2]))
+            self.products.accumulate(grads.weights[i - 1], flat.t(), below.view(-1, below.shape[2]))
             grads.offsets.append(ga.sum(0))
-            back = torch.mm(flat, weights[i - 1]).view_as(below)
+            back = self.products.mm(flat, weights[i - 1]).view_as(below)
             gh, gt = back[0], back[1:]
         start = gt * s
         grads.constants[0].add_(start if constants[0].shape[1] == start.shape[1] else start.sum(1, keepdim=True))
         return ga
+
+
+@dataclass(frozen=True)
+class Form:
+    """Evaluate v and div v from the tensors that one solve prepares, and pull gradients back to them.
+
+    Attributes:
+        rule: How the divergence is formed.
+        activation: The activation.
+        sizes: Widths of the hidden layers and D.
+        constants: How many tensors the rule prepares.
+
+    The ``tensors`` of its methods are those of all layers' offsets and of their rates in time, the weights, the rule's
+    constants and, where there is one, the context's share of the first layer: :attr:`OnePass.prepared`.
+    """
+
+    rule: Rule
+    activation: Activation
+    sizes: tuple[int, ...]
+    constants: int
+
+    def forward(self, t: Tensor, z: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Return v (B, D), div v (B,) and what :meth:`backward` needs, at scalar t and z (B, D)."""
+        (offset, rate), (first, *hidden, last), constants, extra = self._split(tensors)
+        products, offsets = self.rule.products, torch.addcmul(offset, t, rate).split(self.sizes)
+        a = products.addmm(offsets[0], z, first.t())
+        a = a.add_(extra[0]) if extra else a
+        h, div, saved = self.rule.forward(self.activation, a, hidden, offsets[1:-1], constants)
+        return products.addmm(offsets[-1], h, last.t()), div, [h, *saved]
+
+    def backward(
+        self,
+        t: Tensor,
+        z: Tensor,
+        tensors: Sequence[Tensor],
+        saved: Sequence[Tensor],
+        gv: Tensor,
+        gdiv: Tensor,
+        grads: Sequence[Tensor],
+    ) -> Tensor:
+        """Return the gradient of z, given those of v and div v, and add those of the tensors to ``grads``."""
+        _, (first, *hidden, last), constants, _ = self._split(tensors)
+        (goffset, grate), (gfirst, *gweights), gconstants, gextra = self._split(grads)
+        products, parts = self.rule.products, Gradients(gweights[:-1], list(gconstants), [gv.sum(0)])
+        products.accumulate(gweights[-1], gv.t(), saved[0])
+        gh = products.mm(gv, last)
+        ga = self.rule.backward(self.activation, saved[1:], hidden, constants, gh, gdiv, parts)
+        share = torch.cat([ga.sum(0), *reversed(parts.offsets)])
+        goffset.add_(share)
+        grate.addcmul_(share, t)
+        products.accumulate(gfirst, ga.t(), z)
+        for slot in gextra:
+            slot.add_(ga)
+        return products.mm(ga, first)
+
+    def _split(self, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], ...]:
+        layers = 2 + len(self.sizes)
+        constants = layers + self.constants
+        return tensors[:2], tensors[2:layers], tensors[layers:constants], tensors[constants:]
 
 
 class OnePass:
@@ -235,24 +310,34 @@ class OnePass:
         pullable: Whether :meth:`linearize` is at hand (fields whose matrices do not move with time).
         prepared: What :meth:`linearize` gives gradients for; from there automatic differentiation carries them to
             the parameters and the context, once per solve.
+        form: How :meth:`linearize` evaluates what was prepared.
     """
 
     def __init__(self, field: MLP, z: Tensor, context: Tensor | None, probes: Tensor | None) -> None:
-        self.activation, self.context, self.features = ACTIVATIONS[field.activation], context, field.features
+        self.field, self.z, self.context, self.probes = field, z, context, probes
+        self.activation, self.features = ACTIVATIONS[field.activation], field.features
         self.layers = [cast(TimeLinear, layer) for layer in field.layers]
         self.rule = _choose_rule(self.layers, len(z), probes)
         self.tensors = (*field.parameters(), *(() if context is None else (context,)))
         self.pullable = self.layers[0].steady
+        self.sizes = tuple(len(layer.bias) for layer in self.layers)
         if not self.pullable:
             return
         self.weights, self.extra = self._split([layer.weight for layer in self.layers])
-        self.constants = self.rule.prepare(self.weights[0], self.weights[1:-1], self.weights[-1])
-        self.sizes = [len(layer.bias) for layer in self.layers]
+        self.constants = self._prepare(self.weights)
         self.offset = torch.cat([layer.bias for layer in self.layers])
         concat = self.layers[0].time == "concat"
         self.rate = torch.cat([layer.time_weight for layer in self.layers]) if concat else torch.zeros_like(self.offset)
         extra = () if self.extra is None else (self.extra,)
         self.prepared = (self.offset, self.rate, *self.weights, *self.constants, *extra)
+
+    @property
+    def form(self) -> Form:
+        return Form(self.rule, self.activation, self.sizes, len(self.constants))
+
+    def round_to(self, precision: str) -> None:
+        """Multiply matrices in a precision of ``PRECISIONS`` from now on."""
+        self.rule = replace(self.rule, products=PRECISIONS[precision])
 
     def __call__(self, t: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return v of shape (B, D) and div v of shape (B,) at scalar t and z of shape (B, D)."""
@@ -263,38 +348,25 @@ class OnePass:
             affine = [layer.affine(t) for layer in self.layers]
             offsets = [offset for _, offset in affine]
             weights, extra = self._split([weight for weight, _ in affine])
-            constants = self.rule.prepare(weights[0], weights[1:-1], weights[-1])
-        a = torch.addmm(offsets[0], z, weights[0].t())
+            constants = self._prepare(weights)
+        a = self.rule.products.addmm(offsets[0], z, weights[0].t())
         a = a if extra is None else a + extra
         hidden = (*weights[1:-1], *offsets[1:-1], *constants)
         h, div = _Apply.apply(self.rule, self.activation, len(weights) - 2, a, *hidden)
-        return torch.addmm(offsets[-1], h, weights[-1].t()), div
+        return self.rule.products.addmm(offsets[-1], h, weights[-1].t()), div
 
     def linearize(self, t: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Pullback]:
         """Return v, div v and their pullback (gv, gdiv, grads) -> gz, which adds to grads, ordered as ``prepared``."""
-        offsets = torch.addcmul(self.offset, t, self.rate).split(self.sizes)
-        first, *hidden, last = self.weights
-        a = torch.addmm(offsets[0], z, first.t())
-        a = a if self.extra is None else a.add_(self.extra)
-        h, div, saved = self.rule.forward(self.activation, a, hidden, offsets[1:-1], self.constants)
-        v = torch.addmm(offsets[-1], h, last.t())
+        form = self.form
+        v, div, saved = form.forward(t, z, self.prepared)
 
         def pullback(gv: Tensor, gdiv: Tensor, grads: list[Tensor]) -> Tensor:
-            n = 2 + len(self.weights)
-            (goffset, grate, gfirst, *gweights), gconstants = grads[:n], grads[n : n + len(self.constants)]
-            parts = Gradients(gweights[:-1], gconstants, [gv.sum(0)])
-            gweights[-1].addmm_(gv.t(), h)
-            gh = torch.mm(gv, last)
-            ga = self.rule.backward(self.activation, saved, hidden, self.constants, gh, gdiv, parts)
-            share = torch.cat([ga.sum(0), *reversed(parts.offsets)])
-            goffset.add_(share)
-            grate.addcmul_(share, t)
-            gfirst.addmm_(ga.t(), z)
-            if self.extra is not None:
-                grads[-1] += ga
-            return torch.mm(ga, first)
+            return form.backward(t, z, self.prepared, saved, gv, gdiv, grads)
 
         return v, div, pullback
+
+    def _prepare(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        return self.rule.prepare(weights[0], weights[1:-1], weights[-1], self.probes)
 
     def _split(self, weights: list[Tensor]) -> tuple[list[Tensor], Tensor | None]:
         """Keep the columns of the first matrix that act on z, and return the share of the context in that layer."""
@@ -304,12 +376,12 @@ class OnePass:
         return [first[:, : self.features], *weights[1:]], F.linear(self.context, first[:, self.features :])
 
 
-def _choose_rule(layers: Sequence[TimeLinear], batch: int, probes: Tensor | None) -> Rule:
+def _choose_rule(layers: Sequence[TimeLinear], batch: int, probes: Tensor | None) -> Slopes | Tangents:
     """Take the multilinear form where there is one; that of three layers pays in batches larger than a layer."""
     widths = [len(layer.bias) for layer in layers[:-1]]
     if probes is None and (len(widths) < 3 or (len(widths) == 3 and batch >= max(widths))):
         return Slopes()
-    return Tangents(probes)
+    return Tangents()
 
 
 class _Apply(torch.autograd.Function):
@@ -333,4 +405,4 @@ class _Apply(torch.autograd.Function):
         return None, None, None, ga, *grads.weights, *reversed(grads.offsets), *grads.constants
 
 
-__all__ = ["OnePass", "Slopes", "Tangents"]
+__all__ = ["Form", "OnePass", "Pullback", "Slopes", "Tangents"]

@@ -154,9 +154,9 @@ class _Counted:
     def _spend_backward(self, y: Tensor) -> None:
         stats, budget = self.progress.stats, self.progress.max_nfe
         if not torch.isfinite(y).all():
-            raise explain_failure("the backward solve has blown up", self.solver.method, self.progress)
+            raise explain_failure("non-finite", self.solver.method, self.progress, backward=True)
         if budget is not None and stats.nfe_backward >= budget:
-            raise explain_failure("budget", self.solver.method, self.progress)
+            raise explain_failure("budget", self.solver.method, self.progress, backward=True)
         stats.nfe_backward += 1
 
     def _on_step(self, t: Tensor, y: Tensor, dt: Tensor) -> None:

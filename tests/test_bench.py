@@ -203,9 +203,9 @@ def test_a_run_that_needs_too_much_fails_for_good_and_one_that_crashed_is_tried_
 
 
 def test_an_interrupted_run_is_resumed(table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pycnf.training import engine
+    from pycnf.training import task
 
-    real, calls = engine.objective, []
+    real, calls = task.objective, []
 
     def counted(*args: Any) -> Any:
         calls.append(1)
@@ -213,7 +213,7 @@ def test_an_interrupted_run_is_resumed(table: str, tmp_path: Path, monkeypatch: 
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(engine, "objective", counted)
+    monkeypatch.setattr(task, "objective", counted)
     options: dict[str, Any] = {"seeds": 1, "regularizers": "none", "max_steps": 6}
     with pytest.raises(KeyboardInterrupt):
         tiny(table, tmp_path, **options)

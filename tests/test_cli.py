@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 import pycnf
 from pycnf.cli import app
 from pycnf.experiments import comparison
+from pycnf.regularizers import DEFAULT
 
 TINY = ["--max-steps", "5", "--hidden", "8", "--batch-size", "200", "--device", "cpu"]
 ARM_KEYS = {
@@ -76,17 +77,17 @@ def test_compare_prints_a_row_for_every_arm_and_where_its_files_are(compared: tu
     for name in ("comparison.svg", "comparison.png", "comparison.json"):
         assert (folder / name).stat().st_size > 0
         assert str(folder / name) in done.stdout
-    assert "[1/4] none, seed 0" in done.stderr
+    assert "[1/6] none, seed 0" in done.stderr
 
 
 def test_the_record_has_an_arm_for_every_seed(compared: tuple[Path, Any]) -> None:
     record = json.loads((compared[0] / "comparison.json").read_text(encoding="utf-8"))
     assert {"command", "versions", "device", "date", "seeds", "configuration"} <= set(record)
-    assert len(record["arms"]) == 4
+    assert len(record["arms"]) == 6
     for arm in record["arms"]:
         assert set(arm) >= ARM_KEYS
         assert (arm["rtol"], arm["test_rtol"]) == (1e-4, 1e-5)
-    assert len(list((compared[0] / "runs").glob("*.json"))) == 4
+    assert len(list((compared[0] / "runs").glob("*.json"))) == 6
 
 
 def test_a_recorded_comparison_is_not_run_again_and_json_stands_alone(
@@ -94,7 +95,7 @@ def test_a_recorded_comparison_is_not_run_again_and_json_stands_alone(
 ) -> None:
     monkeypatch.setattr(comparison, "train_and_test", lambda *a, **k: pytest.fail("was run again"))
     done = succeed("compare", "--data", "power", "--seeds", 2, "--output", compared[0], *TINY, "--json")
-    assert len(json.loads(done.stdout)["arms"]) == 4
+    assert len(json.loads(done.stdout)["arms"]) == 6
     assert "recorded before" in done.stderr
 
 
@@ -282,7 +283,9 @@ def test_the_command_shows_something_within_ten_seconds(tmp_path: Path) -> None:
         text=True,
     )
     assert process.stderr is not None
-    assert process.stderr.readline().startswith("Comparing on moons: none | tpr:weight=5; seeds 0; tolerance")
+    assert process.stderr.readline().startswith(
+        f"Comparing on moons: none | tpr:weight=5 | {DEFAULT}; seeds 0; tolerance"
+    )
     out, _ = process.communicate(timeout=100)
     assert process.returncode == 0
     record = json.loads(out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from pathlib import Path
@@ -10,12 +11,16 @@ from typing import Any
 import pytest
 import torch
 from problems import JULIA, julia_case, read_julia, small_flow, start_julia
-from torch import Tensor
+from rich.console import Console
+from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from pycnf import CNF, FlowSolution, Solution, SolveStats, save_flow
+from pycnf import CNF, MLP, FlowSolution, Solution, SolveStats, save_flow
 from pycnf.cli import app
-from pycnf.crosscheck import NAMES, Deviation, crosscheck, observed_order
+from pycnf.cli.crosschecking import deviation_table
+from pycnf.crosscheck import ORDERS, Deviation, crosscheck, observed_order
+from pycnf.plots import save_figure
+from pycnf.plots_diagnostics import crosscheck_figure
 from pycnf.reference import reference_solve
 
 
@@ -111,11 +116,35 @@ def test_the_order_is_seen(method: str, low: float, high: float) -> None:
     assert {row.software for row in found.sweep} == {"SciPy" if method == "RK45" else "pycnf"}
 
 
+class Closed(nn.Module):
+    """v = z cos t, with its closed form z exp(sin t)."""
+
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        return z * torch.cos(t)
+
+    def closed_form(self, t: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        return z * torch.exp(torch.sin(t)), -2 * torch.sin(t).expand(len(z))
+
+
 def deviation(nfe: int, error: float) -> Deviation:
     names = ("max_z", "rms_z", "max_logp", "rms_logp")
     errors = dict.fromkeys(names, error)
     counts = {"nfe": nfe, "accepted": 1, "rejected": 0}
-    return Deviation(method="m", software="pycnf", tolerance=None, n_steps=1, **counts, **errors)  # type: ignore[arg-type]
+    own = {"method": "m", "software": "pycnf", "order": 4, "tolerance": None, "n_steps": 1}
+    return Deviation(**own, **counts, **errors)  # type: ignore[arg-type]
+
+
+def test_orders_are_known_of_every_method() -> None:
+    assert {
+        "dopri8": 8,
+        "rk4": 4,
+        "DOP853": 8,
+        "Radau": 5,
+        "Tsit5": 5,
+        "Vern9": 9,
+        "VCABM": 0,
+    }.items() <= ORDERS.items()
+    assert "scipy_solver" not in ORDERS
 
 
 def test_the_order_of_known_errors() -> None:
@@ -139,8 +168,23 @@ def test_the_order_of_known_errors() -> None:
 def test_impossible_arguments(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         crosscheck(CNF(2, (4,)), torch.zeros(2, 2), **arguments)
-    assert {"dopri8", "rk4", "DOP853", "Radau", "Tsit5", "Vern9", "Rodas5P"} <= set(NAMES)
-    assert "scipy_solver" not in NAMES
+
+
+@pytest.mark.parametrize("backend", ["scipy", "closed-form"])
+def test_the_figure_shows_what_was_measured(backend: Any, tmp_path: Path) -> None:
+    problem = Closed() if backend == "closed-form" else MLP(2, (8,)).double()
+    flow, x = CNF(2, field=problem), torch.randn(4, 2, dtype=torch.float64)
+    found = crosscheck(flow, x, backend=backend, methods=("rk4", "RK45"), tolerances=(1e-3, 1e-5), n_steps=(4, 8))
+    figure = crosscheck_figure(found)
+    assert save_figure(figure, tmp_path / "figure.svg").stat().st_size > 0
+    for axes, name in zip(figure.axes, ("max_z", "max_logp"), strict=True):
+        fixed, adaptive, tight = axes.lines
+        assert [line.get_label() for line in axes.lines] == ["rk4", "RK45 (SciPy)", "dopri8 at 1e-12"]
+        assert list(fixed.get_ydata()) == [getattr(row, name) for row in found.sweep[:2]]
+        assert list(adaptive.get_xdata()) == [row.nfe for row in found.sweep[2:]]
+        assert set(tight.get_ydata()) == {getattr(found.agreement, name)}
+        assert axes.get_xlabel()
+        assert axes.get_ylabel()
 
 
 # --- the command ---------------------------------------------------------------------------------
@@ -172,13 +216,28 @@ def test_the_command_prints_a_table(run: Path) -> None:
     assert sum(line[:1] == ["rk4"] for line in lines) == 2
     assert sum(line[:2] == ["RK45", "(SciPy)"] for line in lines) == 2
     assert "dopri8 at 1e-12 agrees with the reference" in done.stdout
-    assert "bound 1e-09" in done.stdout
+    assert "bound 1e-9" in done.stdout
     assert "reference by scipy" in done.stderr
+    for name in ("crosscheck.json", "deviations.svg", "deviations.png"):
+        assert (run / "crosscheck" / name).stat().st_size > 0
+        assert str(run / "crosscheck" / name) in done.stdout
+
+
+def test_the_table_fits_80_columns() -> None:
+    flow, x = small_flow(2), torch.randn(4, 2, dtype=torch.float64)
+    found = crosscheck(flow, x, backend="scipy", methods=("implicit_adams", "DOP853"), n_steps=(16,))
+    out = Console(width=80, file=io.StringIO())
+    out.print(deviation_table(out, found, "title"))
+    lines = out.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    row = next(line for line in lines if line.startswith("implicit_adams"))
+    assert f"{found.sweep[0].max_z:.1e}" in row, "numbers are whole"
+    assert any(line.startswith("DOP853 (SciPy)") for line in lines)
+    assert "…" not in "".join(lines)
 
 
 def test_the_exit_status_tells_of_a_difference(run: Path, tmp_path: Path) -> None:
     quick = ["--backend", "scipy", "--methods", "dopri5", "--tolerances", "1e-3", "--quiet"]
-    done = call(run, *quick, "--bound", "1e-30", "--json", "--output", tmp_path / "check.json")
+    done = call(run, *quick, "--bound", "1e-30", "--json", "--output", tmp_path / "check")
     assert done.exit_code == 1
     assert done.stderr == ""
     record = json.loads(done.stdout)
@@ -186,7 +245,8 @@ def test_the_exit_status_tells_of_a_difference(run: Path, tmp_path: Path) -> Non
     assert record["agreement"]["method"] == "dopri8"
     assert record["sweep"][0]["tolerance"] == 1e-3
     assert {"command", "versions", "device", "date", "seed", "backend", "bound", "orders"} <= set(record)
-    assert json.loads((tmp_path / "check.json").read_text(encoding="utf-8"))["passed"] is False
+    assert json.loads((tmp_path / "check" / "crosscheck.json").read_text(encoding="utf-8")) == record
+    assert record["figures"] == ["deviations.svg", "deviations.png"]
     assert "DIFFERS from" in call(run, *quick, "--bound", "1e-30").stdout
     assert call(run, *quick).exit_code == 0
 
@@ -196,7 +256,8 @@ def test_the_exit_status_tells_of_a_difference(run: Path, tmp_path: Path) -> Non
     [
         (["--backend", "matlab"], "'matlab' is not one of auto, julia, scipy"),
         (["--methods", "dopri5,dopri6"], "'dopri6' is not one of"),
-        (["--tolerances", "1e-3,2"], "expected tolerances between 0 and 1"),
+        (["--tolerances", "1e-3,0"], "expected finite numbers > 0"),
+        (["--methods", ","], "',' is not one of"),
         (["--tolerances", "tight"], "expected numbers separated by commas"),
         (["--n-steps", "0"], "expected whole numbers >= 1"),
         (["--bound", "-1"], "expected a finite number > 0"),

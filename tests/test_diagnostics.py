@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import itertools
 import json
 import warnings
@@ -14,12 +15,14 @@ import numpy as np
 import pytest
 import torch
 from problems import PROBLEMS, Linear, Problem, Sine, Wave, as_flow, parameter, small_flow
+from rich.console import Console
 from scipy.linalg import expm
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from pycnf import CNF, Solver, fit
 from pycnf.cli import app
+from pycnf.cli.diagnosing import step_table, work_table
 from pycnf.data import load
 from pycnf.diagnostics import (
     LocalErrors,
@@ -584,6 +587,18 @@ def test_the_command_prints_tables_and_leaves_record_and_figures(run: Path) -> N
     for name in ("diagnosis.json", *record["figures"]):
         assert (folder / name).stat().st_size > 0
         assert name in done.stdout
+
+
+def test_tables_fit_80_columns(diagnosis: Any) -> None:
+    summary, out = diagnosis.summary(), Console(width=80, file=io.StringIO())
+    for table in (step_table(out, summary), work_table(out, summary)):
+        out.print(table)
+    lines = out.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    first = summary["steps"][0]
+    row = next(line for line in lines if line.startswith("1 "))
+    assert f"{first['t']:.4f} {first['h']:.4f}" in row
+    assert "…" not in "".join(lines)
+    assert any(line.startswith("rk4") and f"{summary['work_precision'][-2]['error_z']:.1e}" in line for line in lines)
 
 
 def test_json_stands_alone_and_settings_are_followed(run: Path, tmp_path: Path) -> None:

@@ -262,9 +262,9 @@ def test_an_interrupt_keeps_what_is_finished(data: Dataset, tmp_path: Path, monk
 
 
 def test_an_interrupted_run_is_resumed(data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pycnf.training import engine
+    from pycnf.training import task
 
-    real, calls = engine.objective, []
+    real, calls = task.objective, []
 
     def counted(*args: Any) -> Any:
         calls.append(1)
@@ -272,7 +272,7 @@ def test_an_interrupted_run_is_resumed(data: Dataset, tmp_path: Path, monkeypatc
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(engine, "objective", counted)
+    monkeypatch.setattr(task, "objective", counted)
     options = TINY | {"max_steps": 6, "validate_every": 2, "test_tolerances": ()}
     with pytest.raises(KeyboardInterrupt):
         compare(data, "none", 1, output=tmp_path, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from pycnf import CNF, TPR, Exact, FlowDistribution, Hutchinson, Solver, SolveWarning, objective
 from pycnf.flow import standard_normal_log_prob
 from pycnf.solve import METHODS
+from pycnf.stepper import Attempt, Stepper
 
 TIME = ["concat", "concatsquash", "none"]
 ADAPTIVE = [name for name, method in METHODS.items() if method.kind == "adaptive"]
@@ -490,3 +492,51 @@ def test_a_frozen_field_needs_no_graph() -> None:
         flow.eval_solver = flow.solver = solver
         (score,) = torch.autograd.grad(flow().log_prob(x).sum(), x)
         assert score.isfinite().all()
+
+
+def test_openings_save_evaluations_and_keep_the_answer() -> None:
+    torch.manual_seed(0)
+    flow = CNF(2, hidden=(16,), blocks=2).double().eval()
+    with torch.no_grad():
+        for p in flow.parameters():
+            p.mul_(2)
+    x, y = torch.randn(200, 2).double(), torch.randn(200, 2).double()
+    cold, other = flow.solve(x), flow.solve(y)
+    warm = flow.solve(x, first_steps=other.openings)
+    assert len(other.openings) == 2
+    assert all(0 < opening <= flow.T for opening in other.openings)
+    assert warm.stats.nfe < cold.stats.nfe
+    assert warm.stats.rejected == 0
+    truth = flow.solve(x, solver=Solver(method="dopri8", rtol=1e-11, atol=1e-11))
+    assert (warm.log_prob - truth.log_prob).abs().max() < 1e-4
+    assert flow.solve(x, first_steps=(math.nan, math.nan)).stats.nfe == cold.stats.nfe
+
+
+def test_opening_is_what_the_control_makes_of_the_first_step() -> None:
+    torch.manual_seed(0)
+    flow = CNF(2, hidden=(16,)).double().eval()
+    attempts: list[Attempt] = []
+    solution = flow.solve(torch.randn(50, 2).double(), observer=lambda block, attempt: attempts.append(attempt))
+    assert attempts[0].accepted
+    assert solution.openings[0] == pytest.approx(attempts[1].h)
+    assert math.isnan((solution.stats + solution.stats).opening)
+    fixed = flow.solve(torch.randn(5, 2).double(), solver=Solver(method="rk4", n_steps=3))
+    assert math.isnan(fixed.openings[0])
+
+
+def test_watched_solves_are_let_go_at_once() -> None:
+    flow, x = CNF(2, hidden=(8,)).double(), torch.randn(4, 2).double()
+
+    def alive() -> int:
+        return sum(isinstance(thing, Stepper) for thing in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = alive()
+        solution = flow.solve_blocks(x, None, [None], watched=True)
+        assert alive() == before + 1
+        del solution
+        assert alive() == before, "a cycle keeps a solve, with all its stages, until the collector runs"
+    finally:
+        gc.enable()

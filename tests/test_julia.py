@@ -21,6 +21,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -442,7 +443,7 @@ def test_names_of_methods_are_the_same() -> None:
     text = (PACKAGE / "src" / "solving.jl").read_text(encoding="utf-8")
     found = re.search(r"^const METHODS = \((.*)\)$", text, re.MULTILINE)
     assert found is not None
-    assert tuple(re.findall(r'"(\w+)"', found[1])) == julia.JULIA_METHODS
+    assert tuple(re.findall(r'"(\w+)"', found[1])) == tuple(julia.JULIA_METHODS)
 
 
 def test_calls_match_the_signatures() -> None:
@@ -456,6 +457,48 @@ def test_calls_match_the_signatures() -> None:
     source = ast.unparse(field)
     assert "module.solve_arrays(*field, message['T'], arrays['times'], *control, *ends)" in source  # 5 + 1 + 1 + 3 + 2
     assert "module.local_error_arrays(*field, message['T'], *control)" in source  # 5 + 1 + 3
+
+
+def read_tensors(path: Path) -> dict[str, np.ndarray]:
+    """Read a safetensors file byte by byte, as ``read_safetensors`` of the Julia package does."""
+    types = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
+    content = path.read_bytes()
+    n = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + n])
+    found = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            start, end = entry["data_offsets"]
+            values = np.frombuffer(content[8 + n + start : 8 + n + end], types[entry["dtype"]])
+            found[name] = values.reshape(entry["shape"])
+    return found
+
+
+@pytest.mark.parametrize("conditioning", ["none", "concat", "concatsquash"])
+def test_run_folders_are_as_the_julia_package_reads_them(tmp_path: Path, conditioning: Any) -> None:
+    from pycnf import CNF, save_flow
+
+    text = (PACKAGE / "src" / "runs.jl").read_text(encoding="utf-8")
+    flow = CNF(2, (5, 4), blocks=2, activation="softplus", time=conditioning, T=0.5)
+    save_flow(flow, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["flow"]
+    wanted = set(re.findall(r'config\["(\w+)"\]', text)) - {"flow"}
+    assert wanted == {"hidden", "blocks", "activation", "T"}
+    assert [config[name] for name in sorted(wanted)] == [0.5, "softplus", 2, [5, 4]]
+    assert "field" not in config, "it tells of a field of the user's own"
+    tensors = read_tensors(tmp_path / "model.safetensors")
+    optional = {"none": [], "concat": ["time_weight"], "concatsquash": ["gate_weight", "gate_bias", "shift_weight"]}
+    vectors = re.search(r"names = \((.*)\)", text)
+    assert vectors is not None
+    known = re.findall(r'"(\w+)"', vectors[1])
+    assert [name for name in known if f"fields.0.layers.0.{name}" in tensors] == optional[conditioning]
+    for block, layer in ((b, i) for b in range(2) for i in range(3)):
+        source = flow.fields[block].layers[layer]  # type: ignore[union-attr, index]
+        for name in ("weight", "bias", *optional[conditioning]):
+            np.testing.assert_array_equal(
+                tensors.pop(f"fields.{block}.layers.{layer}.{name}"), getattr(source, name).detach()
+            )
+    assert not tensors, "Julia would miss some of the weights"
 
 
 def test_the_source_is_found_in_the_source_tree() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from pycnf import CNF, MLP, FlowSolution, Solution, SolveError, Solver, fit, ref
 from pycnf.data import load
 from pycnf.fields import ACTIVATIONS
 from pycnf.julia import JULIA_METHODS, shared_worker
-from pycnf.reference import ClosedForm, choose_backend, describe_problem, reference_solve
+from pycnf.reference import ClosedForm, choose_backend, describe_problem, julia_local_errors, reference_solve
 
 TIGHT = Solver(method="dopri8", rtol=1e-12, atol=1e-12, samples="exact")
 TIMES = [0.2, 0.7]
@@ -106,7 +107,7 @@ def test_counts_of_scipy_are_those_of_a_wrapper() -> None:
 
 def test_a_context_is_passed_on() -> None:
     field, x, context = Wave(2, context=3), torch.randn(4, 5, 2).double(), torch.randn(3).double()
-    one = reference_solve(field, x, context, backend="scipy")
+    one = reference_solve(field, x, context=context, backend="scipy")
     flow = CNF(2, context=3, field=field).eval()
     two = flow.solve(x, context, solver=TIGHT)
     assert one.z.shape == (2, 4, 5, 2)
@@ -265,7 +266,7 @@ def test_impossible_arguments(arguments: dict[str, object], message: str) -> Non
 )
 def test_impossible_states(target: nn.Module, x: Tensor, context: Tensor | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        reference_solve(target, x, context, backend="scipy")
+        reference_solve(target, x, context=context, backend="scipy")
 
 
 def test_julia_evaluates_the_shipped_field_only() -> None:
@@ -345,6 +346,22 @@ def test_other_fields_cannot_be_described() -> None:
         describe_problem(Rotation(), torch.zeros(1, 2))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"field": Rotation()}, r"expected a pycnf\.fields\.MLP, got Rotation"),
+        ({"method": "dopri5"}, "unknown method 'dopri5' of julia: choose one of Tsit5"),
+        ({"atol": -1.0}, "expected a finite atol > 0, got -1"),
+        ({"T": 0.0}, "expected a finite T > 0, got 0"),
+        ({"x": torch.zeros(3, 4)}, r"expected states of shape \(\*, 2\)"),
+    ],
+)
+def test_impossible_local_errors_are_told_before_julia_starts(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        julia_local_errors(**{"field": MLP(2), "x": torch.zeros(3, 2)} | arguments)
+    assert not shared_worker().running
+
+
 # --- Julia ---------------------------------------------------------------------------------------
 
 
@@ -373,8 +390,8 @@ def test_julia_evaluates_every_shipped_field(activation: str, time: str, context
     flow = CNF(2, (6, 5), blocks=2, context=context, activation=activation, time=time).double()  # type: ignore[arg-type]
     x = torch.randn(5, 2, dtype=torch.float64)
     given = torch.randn(5, context, dtype=torch.float64) if context else None
-    found = reference_solve(flow, x, given, times=TIMES, reverse=reverse, backend="julia")
-    want = reference_solve(flow, x, given, times=TIMES, reverse=reverse, backend="scipy")
+    found = reference_solve(flow, x, TIMES, context=given, reverse=reverse, backend="julia")
+    want = reference_solve(flow, x, TIMES, context=given, reverse=reverse, backend="scipy")
     for a, b in zip(found.blocks, want.blocks, strict=True):
         torch.testing.assert_close(a.z, b.z, atol=1e-10, rtol=0)
         torch.testing.assert_close(a.logp, b.logp, atol=1e-10, rtol=0)
@@ -402,15 +419,13 @@ def test_local_errors_from_julia() -> None:
     straight = MLP(2, (4,), time="none").double()
     with torch.no_grad():
         straight.layers[1].weight.zero_()  # type: ignore[operator, union-attr]
-    control = {"command": "local_errors", "T": 1.0, "method": "Tsit5", "rtol": 1e-5, "atol": 1e-5}
     largest = []
     for v in (field, straight):
-        about, arrays = describe_problem(v, x)
-        _, found = shared_worker().call(about | control, arrays)
-        steps = len(found["h"])
-        assert found["z"].shape == (steps, 4, 2)
-        assert found["logp"].shape == (steps, 4)
-        assert found["h"].sum() == pytest.approx(1.0)
-        largest.append(np.abs(found["z"]).max())
+        found = julia_local_errors(v, x)
+        steps = len(found.h)
+        assert found.z.shape == (steps, 4, 2)
+        assert found.logp.shape == (steps, 4)
+        assert float(found.h.sum()) == pytest.approx(1.0)
+        largest.append(float(found.z.abs().max()))
     assert largest[0] > 1e-12
     assert largest[1] < 1e-14

@@ -535,7 +535,7 @@ def test_read_regularizers(spec: str, regularizers: list[Regularizer]) -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("ridge", "unknown regularizer 'ridge': choose none or one of .*tpr"),
+        ("ridge", "unknown regularizer 'ridge': choose none, default or one of .*tpr"),
         ("tpr+", "unknown regularizer ''"),
         ("tpr:alpha=5", "unknown setting 'alpha=5' of tpr.*weight"),
         ("tpr:weight", "unknown setting 'weight'"),

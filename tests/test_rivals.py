@@ -769,7 +769,7 @@ def test_written_regularizers_read_back(terms: list[Regularizer]) -> None:
         ("error:unit=bits", "unknown unit 'bits': choose one of state, tolerance"),
         ("error:channels=x", "unknown channels 'x': choose one of z, logp, both"),
         ("stiffness:weight=inf", "expected a finite weight >= 0, got inf"),
-        ("energy", "choose none or one of decay, derivative, .*error, jacobian, kinetic, steer, stiffness, tpr"),
+        ("energy", "choose none, default or one of decay, derivative, .*error, jacobian, kinetic, steer, stiff.*, tpr"),
     ],
 )
 def test_impossible_settings_are_refused(spec: str, message: str) -> None:

@@ -629,7 +629,7 @@ def test_error_survives_pickling() -> None:
         Solver(),
         Solver(method="rk4", n_steps=8, samples="exact"),
         Solver(method="dopri8", rtol=1e-3, gradient="adjoint", adjoint_rtol=1e-2, adjoint_norm="full"),
-        Solver(max_nfe=100, on_budget="stop", min_step=1e-3, max_step=0.5, first_step=0.1),
+        Solver(max_nfe=100, on_budget="stop", min_step=1e-3, max_step=0.5, first_step=0.1, gradient="checkpoint"),
         Solver(method="scipy_solver", scipy_method="RK23"),
     ],
     ids=lambda solver: solver.method,
@@ -679,7 +679,9 @@ FAILURES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
 }
 
 
-@pytest.mark.parametrize("settings", [{}, {"gradient": "adjoint"}, {"engine": "torchdiffeq"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"gradient": "checkpoint"}, {"gradient": "adjoint"}, {"engine": "torchdiffeq"}], ids=str
+)
 @pytest.mark.parametrize("what", FAILURES)
 @pytest.mark.parametrize("method", ["dopri5", "dopri8", "bosh3"])
 def test_failed_solves_say_why(method: str, what: str, settings: dict[str, str]) -> None:

@@ -13,7 +13,7 @@ from pycnf.cli.tables import comparison_table, console, tolerance_table
 from pycnf.experiments import ComparisonResult, parse_arms, parse_seeds, setup_for
 from pycnf.experiments import compare as run_comparison
 from pycnf.experiments.arms import describe_tolerance
-from pycnf.experiments.comparison import PAPER_ARMS, RECORD, announce
+from pycnf.experiments.comparison import ARMS, RECORD, announce
 
 
 def compare(
@@ -87,7 +87,7 @@ def compare(
     - `pycnf compare --data mine.csv --hidden 100,100 --rtol 1e-3 --atol 1e-3 --output runs/mine`
     """
     settings = o.settings_of(locals())
-    specs = regularizers or list(PAPER_ARMS)
+    specs = regularizers or list(ARMS)
     setup = setup_for(data, settings)
     arms = parse_arms(specs, setup, allow_unequal_tolerance=allow_unequal_tolerance)
     folder = output or Path("runs") / f"compare-{Path(data).stem}"

@@ -3,69 +3,38 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
-from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 
 from pycnf.cli import options as o
 from pycnf.cli.running import data_source, open_run, print_json
+from pycnf.cli.sweeps import make_table, read_counts, read_names, read_tolerances, write_order, write_setting
 from pycnf.cli.tables import console
 from pycnf.data import load
 from pycnf.records import run_record, write_json
+from pycnf.training.folder import make_folder
 
 if TYPE_CHECKING:
-    from pycnf.crosscheck import Crosscheck
+    from pycnf.crosscheck import Crosscheck, Deviation
 
+RECORD = "crosscheck.json"
+FOLDER = "crosscheck"
 BACKENDS = ("auto", "julia", "scipy")
 BEYOND = 1  # exit status
 
 
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(word for word in text.replace(",", " ").split() if word)
-
-
 def read_methods(text: str) -> tuple[str, ...]:
-    """Read names of methods of pycnf, SciPy and Julia, separated by commas.
+    """Read names of methods of pycnf, SciPy and Julia.
 
     >>> read_methods("dopri5, Tsit5,DOP853")
     ('dopri5', 'Tsit5', 'DOP853')
     """
-    from pycnf.crosscheck import NAMES
+    from pycnf.crosscheck import ORDERS
 
-    found = _words(text)
-    for name in found:
-        if name not in NAMES:
-            raise ValueError(f"{name!r} is not one of {', '.join(NAMES)}")
-    return found
-
-
-def read_tolerances(text: str) -> tuple[float, ...]:
-    """Read tolerances between 0 and 1, separated by commas.
-
-    >>> read_tolerances("1e-4,1e-6") == (1e-4, 1e-6)
-    True
-    """
-    try:
-        found = tuple(float(word) for word in _words(text))
-    except ValueError as err:
-        raise ValueError(f"expected numbers separated by commas, such as 1e-4,1e-6, got {text!r}") from err
-    if not found or not all(0 < value < 1 for value in found):
-        raise ValueError(f"expected tolerances between 0 and 1, got {text!r}")
-    return found
-
-
-def read_steps(text: str) -> tuple[int, ...]:
-    """Read numbers of steps >= 1, separated by commas.
-
-    >>> read_steps("4,8")
-    (4, 8)
-    """
-    found = _words(text)
-    if not found or not all(word.isdigit() and int(word) for word in found):
-        raise ValueError(f"expected whole numbers >= 1, separated by commas, such as 4,8,16, got {text!r}")
-    return tuple(int(word) for word in found)
+    return read_names(text, ORDERS)
 
 
 def crosscheck(
@@ -106,7 +75,7 @@ def crosscheck(
             o.SOLVER,
             "Steps per block of the methods with equal steps.",
             metavar="LIST",
-            **o.checked(read_steps),
+            **o.checked(read_counts),
         ),
     ] = "4,8,16,32",
     bound: Annotated[
@@ -132,7 +101,7 @@ def crosscheck(
     config: o.Config = None,
     output: Annotated[
         Path | None,
-        o.option("--output -o", o.OUTPUT, "Also write the record to a file.", metavar="FILE"),
+        o.option("--output -o", o.OUTPUT, "Folder of record and figure. [default: RUN/crosscheck]", metavar="DIR"),
     ] = None,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
@@ -140,7 +109,8 @@ def crosscheck(
     """Check the solves of a trained flow against other software's.
 
     In float64, on the CPU: dopri8 at 1e-12 against the reference at 1e-13 (Julia's Vern9 or SciPy's DOP853), and what
-    each method achieves for its evaluations. The exit status is 1 if the difference is beyond the bound.
+    each method achieves for its evaluations, as a table and a figure. The exit status is 1 if the difference is beyond
+    the bound.
 
     For example:
 
@@ -159,23 +129,28 @@ def crosscheck(
 
     from pycnf.crosscheck import crosscheck as compare
     from pycnf.julia import shared_worker
+    from pycnf.plots import save_figure
+    from pycnf.plots_diagnostics import crosscheck_figure
     from pycnf.reference import Backend
 
+    folder = make_folder(output or run / FOLDER)
     dataset = load(source, data_dir=data_dir)
     table = getattr(dataset, split)
     drawn = torch.randperm(len(table), generator=torch.Generator().manual_seed(seed))[:rows]
-    o.say(f"Checking {run} on {len(drawn)} {split} rows of {source}", quiet=quiet)
+    o.say(f"Checking {run} on {len(drawn)} {split} rows of {source}; results go to {folder}", quiet=quiet)
     found = compare(
         flow,
         table[drawn],
         backend=cast(Backend, backend),
         methods=read_methods(methods),
         tolerances=read_tolerances(tolerances),
-        n_steps=read_steps(n_steps),
+        n_steps=read_counts(n_steps),
         bound=bound,
         timeout=timeout,
         say=lambda text: o.say(f"  {text}", quiet=quiet),
     )
+    drawing = crosscheck_figure(found, title=f"{len(drawn)} {split} rows of {dataset.name}")
+    figures = [save_figure(drawing, folder / f"deviations.{kind}") for kind in ("svg", "png")]
     record = run_record(
         command=o.this_command(),
         run=str(run),
@@ -187,13 +162,13 @@ def crosscheck(
         T=flow.T,
         julia=shared_worker().versions or None,
         **found.summary(),
+        figures=[path.name for path in figures],
     )
-    if output is not None:
-        write_json(output, record)
+    write_json(folder / RECORD, record)
     if as_json:
         print_json(record)
     else:
-        _show(found, str(run), shared_worker().versions)
+        _show(found, str(run), shared_worker().versions, [folder / RECORD, *figures])
     if not found.passed:
         raise typer.Exit(BEYOND)
 
@@ -215,30 +190,45 @@ def julia(
     worker.close()
 
 
-def _show(found: Crosscheck, run: str, versions: dict[str, str]) -> None:
+def _show(found: Crosscheck, run: str, versions: dict[str, str], files: list[Path]) -> None:
     source = {"julia": f"Julia {versions.get('julia', '')}'s Vern9", "scipy": "SciPy's DOP853"}.get(found.backend, "")
     name = f"{source} at 1e-13 ({found.reference_nfe} evaluations)" if source else "the closed form"
-    table = Table(title=f"{run}, {found.rows} rows, against {name}", box=SIMPLE_HEAD)
-    table.add_column("method", overflow="fold")
-    columns = ("tolerance", "evaluations", "steps\naccepted", "\nrejected", "z\nlargest", "\nRMS", "log p\nlargest")
-    for title in (*columns, "\nRMS", "order\nseen"):
-        table.add_column(title, justify="right")
-    check = found.agreement
-    table.add_row(*_cells(check), "", end_section=True)
+    out, check = console(), found.agreement
+    out.print(deviation_table(out, found, f"{run}, {found.rows} rows, against {name}"))
+    verdict = "agrees with" if found.passed else "DIFFERS from"
+    compared = f"{check.worst:.1e} at most, bound {write_setting(found.bound, None)}"
+    setting = write_setting(check.tolerance, check.n_steps)
+    out.print(f"{check.method} at {setting} {verdict} the reference: {compared}", soft_wrap=True)
+    for path in files:
+        out.print(str(path), soft_wrap=True)
+
+
+def deviation_table(out: Console, found: Crosscheck, title: str) -> Table:
+    """Return a row per solve: what it was solved with, what it cost, and how far it is from the reference.
+
+    Args:
+        out: Where it will be printed.
+        found: The cross-check.
+        title: Title.
+    """
+    heads = (
+        *("method", "tolerance\nor steps", "NFE", "steps +\nrejected", "z\nlargest", "\nRMS", "log p\nlargest"),
+        *("\nRMS", "order\nseen"),
+    )
+    caption = (
+        "NFE: function evaluations of the batch; differences of z and of log p (nats); order seen: of the largest "
+        "difference in NFE, in brackets that of the method"
+    )
+    table = make_table(out, title, heads, caption)
+    table.add_row(*_cells(found.agreement), "", end_section=True)
     seen: set[str] = set()
     for row in found.sweep:
-        order = found.orders[row.method]
-        table.add_row(*_cells(row), "" if row.method in seen or order is None else f"{order:.1f}")
+        table.add_row(*_cells(row), "" if row.method in seen else write_order(found.orders[row.method], row.order))
         seen.add(row.method)
-    out = console()
-    out.print(table)
-    verdict = "agrees with" if found.passed else "DIFFERS from"
-    compared = f"{check.worst:.1e} at most, bound {found.bound:g}"
-    out.print(f"{check.method} at {check.tolerance:g} {verdict} the reference: {compared}", soft_wrap=True)
+    return table
 
 
-def _cells(row: Any) -> list[str]:
-    setting = f"{row.n_steps} steps" if row.tolerance is None else f"{row.tolerance:g}"
-    name = row.method if row.software == "pycnf" else f"{row.method} ({row.software})"
+def _cells(row: Deviation) -> list[str]:
     errors = (row.max_z, row.rms_z, row.max_logp, row.rms_logp)
-    return [name, setting, *(str(n) for n in (row.nfe, row.accepted, row.rejected)), *(f"{e:.1e}" for e in errors)]
+    setting = write_setting(row.tolerance, row.n_steps)
+    return [row.label, setting, str(row.nfe), f"{row.accepted}+{row.rejected}", *(f"{error:.1e}" for error in errors)]

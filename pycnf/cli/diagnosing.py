@@ -6,13 +6,15 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 
 from pycnf.cli import options as o
 from pycnf.cli.running import data_source, open_run, print_json
+from pycnf.cli.sweeps import make_table, read_counts, read_names, read_tolerances, write_order, write_setting
 from pycnf.cli.tables import console, facts_table
 from pycnf.data import load
+from pycnf.experiments.arms import write_tolerance
 from pycnf.records import run_record, write_json
 from pycnf.solve import METHODS, Solver
 from pycnf.training.folder import make_folder
@@ -26,36 +28,9 @@ SHOWN = 30  # steps in the table
 ADAPTIVE = tuple(name for name, method in METHODS.items() if method.kind == "adaptive")
 
 
-def read_numbers(text: str) -> tuple[float, ...]:
-    """Read finite numbers > 0, separated by commas.
-
-    >>> read_numbers("1e-3,1e-5") == (1e-3, 1e-5)
-    True
-    """
-    try:
-        found = tuple(float(word) for word in text.split(",") if word.strip())
-    except ValueError as err:
-        raise ValueError(f"expected numbers separated by commas, such as 1e-3,1e-5, got {text!r}") from err
-    if not found or not all(0 < value < math.inf for value in found):
-        raise ValueError(f"expected finite numbers > 0, separated by commas, got {text!r}")
-    return found
-
-
-def read_counts(text: str) -> tuple[int, ...]:
-    """Read whole numbers >= 1, separated by commas."""
-    found = tuple(word.strip() for word in text.split(",") if word.strip())
-    if not found or not all(word.isdigit() and int(word) for word in found):
-        raise ValueError(f"expected whole numbers >= 1, separated by commas, such as 2,4,8, got {text!r}")
-    return tuple(int(word) for word in found)
-
-
 def read_methods(text: str) -> tuple[str, ...]:
-    """Read names of solver methods, separated by commas."""
-    found = tuple(word.strip() for word in text.split(",") if word.strip())
-    unknown = [name for name in found if name not in METHODS]
-    if unknown or not found:
-        raise ValueError(f"{unknown[0] if unknown else text!r} is not one of {', '.join(METHODS)}")
-    return found
+    """Read names of solver methods."""
+    return read_names(text, METHODS)
 
 
 def diagnose(
@@ -97,7 +72,7 @@ def diagnose(
             o.SOLVER,
             "Tolerances of its adaptive methods, rtol = atol.",
             metavar="LIST",
-            **o.checked(read_numbers),
+            **o.checked(read_tolerances),
         ),
     ] = "1e-2,1e-3,1e-4,1e-5,1e-6,1e-7,1e-8",
     n_steps: Annotated[
@@ -165,7 +140,7 @@ def diagnose(
         table[drawn].to(weight),
         solver=solver,
         methods=None if methods is None else read_methods(methods),
-        tolerances=read_numbers(tolerances),
+        tolerances=read_tolerances(tolerances),
         n_steps=read_counts(n_steps),
         max_nfe=max_nfe,
         degree=degree,
@@ -194,8 +169,8 @@ def diagnose(
         return
     out = console()
     out.print(facts_table(f"{run} on {len(drawn)} {split} rows of {dataset.name}", _facts(record)))
-    out.print(_step_table(record))
-    out.print(_work_table(record))
+    out.print(step_table(out, record))
+    out.print(work_table(out, record))
     for path in (folder / RECORD, *figures):
         out.print(str(path), soft_wrap=True)
 
@@ -224,12 +199,12 @@ def _facts(record: dict[str, Any]) -> dict[str, str]:
     solver, samples, ratio, content = (record[k] for k in ("solver", "samples", "true_over_estimate", "polynomials"))
     deciding, error = record["deciding"], record["error"]
     facts = {
-        "solver": f"{solver['method']}, rtol {solver['rtol']:g}, atol {solver['atol']:g}",
+        "solver": f"{solver['method']}, tolerance {write_tolerance(solver['rtol'], solver['atol'])}",
         "cost": f"{record['nfe']} evaluations, {record['accepted']} steps, {record['rejected']} rejected",
         "true local error": f"{ratio['median']:.2g} times its estimate (median), {ratio['max']:.2g} at most"
         if ratio["steps"]
         else "far below the tolerance in every step",
-        "deciding channel": f"z in {deciding['z']} steps, log p in {deciding['logp']}",
+        "deciding channel": f"z in {deciding['z']} of the accepted steps, log p in {deciding['logp']}",
         "error at the end": f"z {error['z']:.2g}, log p {error['logp']:.2g} nats (RMS)",
         "hardest tenth of rows": f"{samples['hardest_tenth']:.0%} of the squared error norm".replace("%", " %"),
     }
@@ -241,54 +216,48 @@ def _facts(record: dict[str, Any]) -> dict[str, str]:
     return facts
 
 
-def _step_table(record: dict[str, Any]) -> Table:
-    table = Table(
-        title="steps tried; errors in units of the tolerance (RMS)",
-        box=SIMPLE_HEAD,
-        caption=None if len(record["steps"]) <= SHOWN else f"the first {SHOWN} steps; all are in {RECORD}",
-        caption_justify="left",
-    )
+def step_table(out: Console, record: dict[str, Any]) -> Table:
+    """Return a row per step tried of the record of a diagnosis, as it will be printed on ``out``."""
     heads = (
-        *("block", "t", "size", "", "estimate\nz", "\nlog p", "true\nz", "\nlog p"),
-        *("true /\nestimate", "decided\nby", "largest share\nof one row"),
+        *("block", "t", "size", "kept", "estimate\nz", "\nlog p", "true\nz", "\nlog p"),
+        *("true /\nest.", "decided\nby", "largest\nshare"),
     )
-    for name in heads:
-        table.add_column(name, justify="right")
+    caption = "kept: whether the step was accepted; largest share: of one row in the squared norm of the estimate"
+    if len(record["steps"]) > SHOWN:
+        caption += f"; the first {SHOWN} steps, all are in {RECORD}"
+    table = make_table(out, "steps tried; errors in units of the tolerance (RMS)", heads, caption)
     for step in record["steps"][:SHOWN]:
         values = (step[name] for name in ("estimate_z", "estimate_logp", "true_z", "true_logp", "true_over_estimate"))
         table.add_row(
             str(step["block"] + 1),
             f"{step['t']:.4f}",
             f"{step['h']:.4f}",
-            "" if step["accepted"] else "rejected",
-            *(f"{value:.3g}" for value in values),
+            "yes" if step["accepted"] else "no",
+            *(f"{value:.2g}" for value in values),
             "z" if step["deciding"] == "z" else "log p",
-            f"{step['largest_share']:.1%}".replace("%", " %"),
+            f"{step['largest_share']:.0%}".replace("%", " %"),
         )
     return table
 
 
-def _work_table(record: dict[str, Any]) -> Table:
-    table = Table(title="work and precision, in float64", box=SIMPLE_HEAD)
+def work_table(out: Console, record: dict[str, Any]) -> Table:
+    """Return a row per method and setting of the record of a diagnosis, as it will be printed on ``out``."""
     heads = (
-        *("method", "tolerance\nor steps", "evaluations", "RMS error\nz", "\nlog p (nats)", "error of NLL\n(nats)"),
-        "order in z\n(nominal)",
+        *("method", "tolerance\nor steps", "NFE", "error of\nz", "\nlog p", "\nmean NLL", "order in z\n(nominal)"),
     )
-    for name in heads:
-        table.add_column(name, justify="left" if name == "method" else "right")
+    caption = "NFE: function evaluations; errors at the end, in float64: root mean square of z and of log p (nats)"
+    table = make_table(out, "work and precision", heads, caption)
     previous = None
     for point in record["work_precision"]:
-        setting = f"{point['n_steps']}" if point["tolerance"] is None else f"{point['tolerance']:.0e}"
-        order = record["orders"][point["method"]]["z"]
         first, previous = point["method"] != previous, point["method"]
         errors = (
             [f"{point[name]:.1e}" for name in ("error_z", "error_logp", "error_nll")]
             if point["failed"] is None
             else ["failed", "", ""]
         )
-        nominal = f" ({point['order']})" if point["order"] else ""
-        shown = f"{order:.1f}{nominal}" if first and order > 0 else ""
-        table.add_row(point["method"] if first else "", setting, str(point["nfe"]), *errors, shown)
+        order = write_order(record["orders"][point["method"]]["z"], point["order"]) if first else ""
+        setting = write_setting(point["tolerance"], point["n_steps"])
+        table.add_row(point["method"] if first else "", setting, str(point["nfe"]), *errors, order)
     return table
 
 

@@ -95,7 +95,8 @@ Regularizers = Annotated[
         "--regularizers",
         WHAT,
         "The arms, separated by spaces (or repeat the option); the first is the reference. A spec is none, "
-        "tpr, tpr:weight=50,degree=1,times=2, or several joined by +. [default: none tpr:weight=5]",
+        "tpr, tpr:weight=50,degree=1,times=2, or several joined by +; default is what the benchmark recommends. "
+        "[default: none tpr:weight=5 default]",
         metavar="SPECS",
     ),
 ]
@@ -104,7 +105,8 @@ Regularizer = Annotated[
     option(
         "--regularizers",
         WHAT,
-        "What is added to the loss: none, tpr, tpr:weight=50,degree=1, or several joined by +.",
+        "What is added to the loss: none, tpr (as published), tpr:weight=50,degree=1, several joined by +, or default: "
+        "what the benchmark recommends.",
         metavar="SPEC",
         **checked(parse_regularizers),
     ),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
+import time as clock
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,18 +22,30 @@ from pycnf.experiments.runs import DATA_CARD
 from pycnf.flow import CNF
 from pycnf.records import read_json, run_record, to_plain, write_bytes, write_json
 from pycnf.regularizers import describe_regularizers, parse_regularizers
+from pycnf.rows import RowSource, Standardized, cut, open_rows
+from pycnf.scale import log_prob
+from pycnf.scale import sample as draw_samples
 from pycnf.solve import METHODS, Solver
-from pycnf.training import evaluate as evaluate_flow
 from pycnf.training import load_flow
+from pycnf.training.evaluation import summarize
 from pycnf.training.options import resolve_device
 
 RESULT = "result.json"
-CHUNK = 10_000  # samples of one solve
+ENCODED = 10_000  # samples written at once
+
+Workers = Annotated[int, o.option("--workers", o.SOLVER, "Processes that share the work, one thread each.", min=1)]
+BatchSize = Annotated[
+    int,
+    o.option("--batch-size", o.SOLVER, "Rows of one solve: they share its steps, and it holds them in memory.", min=1),
+]
+Standard = Annotated[
+    bool, o.option("--standardized", o.WHAT, "The rows are in the flow's own units instead of those of the data.")
+]
 
 
 def train(
     data: o.Data = "power",
-    regularizers: o.Regularizer = "none",
+    regularizers: o.Regularizer = "default",
     seed: o.Seed = 0,
     data_dir: o.DataDir = None,
     config: o.Config = None,
@@ -116,6 +130,17 @@ def evaluate(
     run: o.RunFolder,
     data: o.RunData = None,
     split: o.Split = "test",
+    rows: Annotated[
+        Path | None,
+        o.option(
+            "--rows",
+            o.WHAT,
+            "A .npy file of rows in the units of the data, in place of a data set. It is read part by part and may be "
+            "larger than the memory.",
+            metavar="FILE",
+        ),
+    ] = None,
+    standardized: Standard = False,
     data_dir: o.DataDir = None,
     config: o.Config = None,
     method: Annotated[
@@ -142,12 +167,27 @@ def evaluate(
             **o.checked(parse_divergence),
         ),
     ] = None,
-    batch_size: Annotated[int, o.option("--batch-size", o.SOLVER, "Rows of one solve.", min=1)] = 1000,
+    batch_size: BatchSize = 1000,
+    order: Annotated[
+        str,
+        o.option(
+            "--order",
+            o.SOLVER,
+            "given, or difficulty: rows of like difficulty share a solve, which pays at tight tolerances.",
+            **o.one_of(("given", "difficulty")),
+        ),
+    ] = "given",
+    workers: Workers = 1,
     device: o.Device = None,
+    densities: Annotated[
+        Path | None,
+        o.option("--densities", o.OUTPUT, "Also write log p of every row to a .npy file.", metavar="FILE"),
+    ] = None,
     output: Annotated[
         Path | None,
         o.option("--output -o", o.OUTPUT, "Also write the record to a file.", metavar="FILE"),
     ] = None,
+    overwrite: o.Overwrite = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -158,7 +198,13 @@ def evaluate(
     - `pycnf evaluate runs/first`
 
     - `pycnf evaluate runs/first --rtol 1e-3 --atol 1e-3 --json`
+
+    - `pycnf evaluate runs/first --rows million.npy --densities log_prob.npy --workers 2`
+
+    Likelihoods are those of the standardized data. The density in the units of the data is log p minus the number
+    that the record calls log_scale, the sum of the logarithms of the columns' scales.
     """
+    _check_target(densities, (".npy",), overwrite)
     flow = open_run(run, device)
     changed = {"method": method, "rtol": rtol, "atol": atol, "n_steps": n_steps, "max_nfe": max_nfe}
     changed = {name: value for name, value in changed.items() if value is not None}
@@ -167,17 +213,29 @@ def evaluate(
     solver = Solver(**flow.eval_solver.to_dict() | changed)
     if divergence is not None:
         flow.eval_divergence = parse_divergence(divergence)
-    source = data or data_source(run)
-    o.say(f"Evaluating {run} on the {split} rows of {source}", quiet=quiet)
-    dataset = load(source, data_dir=data_dir)
-    found = evaluate_flow(flow, getattr(dataset, split), batch_size=batch_size, solver=solver)
-    values = dataclasses.asdict(found) | {"divergence": str(flow.eval_divergence)}
+    table, what = _rows_to_evaluate(run, rows, data, split, data_dir, standardized=standardized)
+    o.say(f"Evaluating {run} on {what['title']}", quiet=quiet)
+    began = clock.perf_counter()
+    computed = log_prob(
+        flow,
+        table,
+        batch_size=batch_size,
+        solver=solver,
+        order=order,  # type: ignore[arg-type]  # checked by the option
+        workers=workers,
+        progress=not quiet,
+    )
+    found = summarize(computed, batch_size, solver, clock.perf_counter() - began)
+    if densities is not None:
+        write_bytes(densities, _npy(computed.values))
+    values = dataclasses.asdict(found) | {"divergence": str(flow.eval_divergence), "order": order, "workers": workers}
     record = run_record(
         device=next(flow.parameters()).device,
         command=o.this_command(),
         run=str(run),
-        data=dataset.name,
-        split=split,
+        data=what["data"],
+        split=what["split"],
+        log_scale=_log_scale(run),
         **{"nfe_test" if name == "nfe" else name: value for name, value in values.items()},
     )
     if output is not None:
@@ -193,18 +251,19 @@ def evaluate(
         "divergence": str(flow.eval_divergence),
         "time": f"{found.seconds:.1f} s",
     }
-    console().print(facts_table(f"{run} on the {split} rows of {dataset.name}", facts))
+    console().print(facts_table(f"{run} on {what['title']}", facts))
+    if densities is not None:
+        console().print(f"log p of every row: {densities}", soft_wrap=True)
 
 
 def sample(
     run: o.RunFolder,
     n: Annotated[int, o.option("--n -n", o.WHAT, "Number of samples.", min=1)] = 1000,
     seed: o.Seed = 0,
-    standardized: Annotated[
-        bool,
-        o.option("--standardized", o.WHAT, "Keep the flow's own units instead of those of the data."),
-    ] = False,
+    standardized: Standard = False,
     config: o.Config = None,
+    batch_size: BatchSize = 1000,
+    workers: Workers = 1,
     device: o.Device = None,
     output: Annotated[
         Path,
@@ -218,30 +277,13 @@ def sample(
 
     For example: `pycnf sample runs/first -n 1000 --seed 1 --output samples.npy`
     """
-    kind = _sample_format(output)
-    if output.exists() and not overwrite:
-        raise ValueError(f"{output} is already there: choose another name, or --overwrite")
+    kind: Literal["csv", "npy"] = "npy" if _check_target(output, (".csv", ".npy"), overwrite) == ".npy" else "csv"
     flow = open_run(run, device)
-    card = data_card(run)
-    if not card and not standardized:
-        raise ValueError(f"{run} does not tell the units of its data ({DATA_CARD} is missing): ask for --standardized")
+    shift, scale = (0.0, 1.0) if standardized else _units(run)
     o.say(f"Sampling {n:,} rows from {run}", quiet=quiet)
-    import torch
-
-    parts = []
-    torch.manual_seed(seed)
-    nfe = 0
-    with torch.no_grad():
-        for start in range(0, n, CHUNK):
-            z = torch.randn(min(CHUNK, n - start), flow.features)
-            solution = flow.solve(z.to(next(flow.parameters())), reverse=True, density=False)
-            parts.append(solution.z.double().cpu())
-            nfe += solution.stats.nfe
-    x = torch.cat(parts)
-    if not standardized:
-        x = x * torch.tensor(card["scale"], dtype=x.dtype) + torch.tensor(card["shift"], dtype=x.dtype)
-    columns = card.get("columns") or [f"x{i + 1}" for i in range(flow.features)]
-    write_bytes(output, _encode(x.numpy(), columns, kind))
+    drawn = draw_samples(flow, n, seed=seed, batch_size=batch_size, workers=workers, progress=not quiet)
+    columns = data_card(run).get("columns") or [f"x{i + 1}" for i in range(flow.features)]
+    write_bytes(output, _encode(drawn.values, columns, kind, shift, scale))
     if as_json:
         units = "standardized" if standardized else "data"
         record: dict[str, Any] = {
@@ -252,7 +294,7 @@ def sample(
             "columns": columns,
             "units": units,
         }
-        print_json(run_record(command=o.this_command(), nfe=nfe, **record))
+        print_json(run_record(command=o.this_command(), nfe=drawn.stats.nfe, **record))
     else:
         console().print(f"{n:,} samples of {flow.features} features: {output}", soft_wrap=True)
 
@@ -281,29 +323,78 @@ def data_source(run: Path) -> str:
     return str(source)
 
 
-def _sample_format(path: Path) -> Literal["csv", "npy"]:
-    if path.suffix.lower() == ".npy":
-        return "npy"
-    if path.suffix.lower() == ".csv":
-        return "csv"
-    raise ValueError(f"expected a .csv or .npy file, got {path}")
+def _rows_to_evaluate(
+    run: Path, rows: Path | None, data: str | None, split: str, data_dir: Path | None, *, standardized: bool
+) -> tuple[RowSource, dict[str, Any]]:
+    """Return the rows in the units of the flow, and what they are."""
+    if rows is None:
+        source = data or data_source(run)
+        dataset = load(source, data_dir=data_dir)
+        title = f"the {split} rows of {dataset.name}"
+        return getattr(dataset, split), {"data": dataset.name, "split": split, "title": title}
+    if data is not None:
+        raise ValueError("--rows stands in place of --data: give one of them")
+    table = open_rows(rows)
+    what = {"data": str(rows), "split": "all", "title": f"the rows of {rows}"}
+    return table if standardized else Standardized(table, *_units(run)), what
 
 
-def _encode(x: Any, columns: list[str], kind: Literal["csv", "npy"]) -> bytes:
+def _units(run: Path) -> tuple[list[float], list[float]]:
+    """Return shift and scale of the data that a run was trained on."""
+    card = data_card(run)
+    if not card:
+        raise ValueError(f"{run} does not tell the units of its data ({DATA_CARD} is missing): ask for --standardized")
+    return card["shift"], card["scale"]
+
+
+def _log_scale(run: Path) -> float | None:
+    return sum(math.log(scale) for scale in data_card(run)["scale"]) if data_card(run) else None
+
+
+def _check_target(path: Path | None, suffixes: tuple[str, ...], overwrite: bool) -> str:
+    """Return the suffix of a file that is to be written, if it may be."""
+    if path is None:
+        return ""
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f"expected a {' or '.join(suffixes)} file, got {path}")
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} is already there: choose another name, or --overwrite")
+    return path.suffix.lower()
+
+
+def _encode(values: Any, columns: list[str], kind: Literal["csv", "npy"], shift: Any, scale: Any) -> bytes:
+    """Return rows · scale + shift in float64 as the content of a file."""
     import csv
     import io
 
     import numpy as np
 
+    parts = (values[rows].numpy() * np.asarray(scale) + np.asarray(shift) for rows in cut(len(values), ENCODED))
     if kind == "npy":
-        buffer = io.BytesIO()
-        np.save(buffer, x)
-        return buffer.getvalue()
-    text = io.StringIO(newline="")
+        x = np.empty(values.shape)
+        for rows, part in zip(cut(len(values), ENCODED), parts, strict=True):
+            x[rows] = part
+        return _npy(x)
+    pieces, text = [], io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(columns)
-    writer.writerows([f"{value:.9g}" for value in row] for row in x)
-    return text.getvalue().encode()
+    for part in parts:
+        writer.writerows([f"{value:.9g}" for value in row] for row in part)
+        pieces.append(text.getvalue().encode())
+        text.seek(0)
+        text.truncate()
+    return b"".join(pieces)
+
+
+def _npy(values: Any) -> bytes:
+    """Return an array in float64 as the content of a .npy file."""
+    import io
+
+    import numpy as np
+
+    file = io.BytesIO()
+    np.save(file, np.asarray(values, dtype=np.float64))
+    return file.getvalue()
 
 
 def print_json(record: Any) -> None:

@@ -11,6 +11,7 @@ from pycnf.diagnostics.samples import sample_difficulty as sample_difficulty
 from pycnf.diagnostics.steps import LocalErrors as LocalErrors
 from pycnf.diagnostics.steps import local_errors as local_errors
 from pycnf.diagnostics.truth import TRUTH as TRUTH
+from pycnf.diagnostics.truth import in_float64 as in_float64
 from pycnf.diagnostics.truth import solve_truth as solve_truth
 from pycnf.diagnostics.work import WorkPoint as WorkPoint
 from pycnf.diagnostics.work import observed_order as observed_order

@@ -20,12 +20,12 @@ from pycnf.records import read_json, write_json
 RECORD = "comparison.json"
 RUNS = "runs"
 TEST_TOLERANCES = (1e-3, 1e-4, 1e-5, 1e-6)
-PAPER_ARMS = ("none", "tpr:weight=5")
+ARMS = ("none", "tpr:weight=5", "default")
 
 
 def compare(
     data: str | Path | Dataset = "power",
-    regularizers: str | Sequence[str] = PAPER_ARMS,
+    regularizers: str | Sequence[str] = ARMS,
     seeds: int | str | Sequence[int] = 3,
     *,
     output: str | Path | None = None,

@@ -146,7 +146,7 @@ _TABLE = {"divergence": "hutchinson", "lr": 1e-3, "schedule": "plateau", "max_st
 
 PRESETS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(names("toy"), _TOY),
-    "power": {"hidden": (60, 60, 60)},
+    "power": {"hidden": (60, 60, 60), "batch_size": 500},
     "power-full": _TABLE | {"hidden": (60, 60, 60), "blocks": 5, "batch_size": 10_000},
     "gas": _TABLE | {"hidden": (160, 160, 160), "blocks": 5},
     "hepmass": _TABLE | {"hidden": (210, 210), "blocks": 10, "activation": "softplus", "batch_size": 10_000},

@@ -1,5 +1,6 @@
 """Regularizers: what is added to the negative log-likelihood to keep a field easy to integrate."""
 
+from pycnf.regularizers.base import DEFAULT as DEFAULT
 from pycnf.regularizers.base import Regularizer as Regularizer
 from pycnf.regularizers.base import check_regularizers as check_regularizers
 from pycnf.regularizers.base import describe_regularizers as describe_regularizers

@@ -40,10 +40,10 @@ function local_errors(
 end
 
 """
-    work_precision(field, z0; context, T = 1.0, methods = METHODS, tolerances)
+    work_precision(field, z0; context, T = 1.0, methods, tolerances)
 
-Solve with every method at every tolerance (rtol = atol, 1e-3 to 1e-10 by default) and compare the states at T
-with Vern9 at 1e-13. Returns a vector of named tuples `method, tol, nf, naccept, nreject, max_error_z,
+Solve with every method (all that are installed) at every tolerance (rtol = atol, 1e-3 to 1e-10 by default) and
+compare the states at T with Vern9 at 1e-13. Returns a vector of named tuples `method, tol, nf, naccept, nreject, max_error_z,
 max_error_logp, rms_error_z, rms_error_logp`.
 """
 function work_precision(
@@ -51,7 +51,7 @@ function work_precision(
     z0::AbstractMatrix;
     context = nothing,
     T = 1.0,
-    methods = METHODS,
+    methods = installed_methods(),
     tolerances = [10.0^-k for k in 3:10],
 )
     truth = solve_field(field, z0; context, T)

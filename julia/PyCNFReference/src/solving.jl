@@ -12,11 +12,14 @@ object, such as `Vern8()`, is returned as it is.
 function algorithm(method::Union{AbstractString, Symbol})
     name = String(method)
     name in METHODS || throw(ArgumentError("unknown method \"$name\": choose one of $(join(METHODS, ", "))"))
-    isdefined(@__MODULE__, Symbol(name)) ||
+    name in installed_methods() ||
         throw(ArgumentError("the installed DifferentialEquations has no $name: pass an algorithm object"))
     return getfield(@__MODULE__, Symbol(name))()
 end
 algorithm(method) = method
+
+"Names of the methods that the solver packages in use have: all, but for some releases of DifferentialEquations."
+installed_methods() = filter(name -> isdefined(@__MODULE__, Symbol(name)), METHODS)
 
 "A field, with a context for every sample or `nothing`, as the parameter of an ODE problem."
 struct Dynamics{C}

@@ -57,6 +57,7 @@ end
 end
 
 @testset "methods agree" begin
+    @test PyCNFReference.installed_methods() == PyCNFReference.METHODS
     field, z0 = make_field([2, 8, 8, 2], "tanh", "concatsquash"), numbers(2, 5)
     truth = solve_field(field, z0; T = 0.5, times = [0.1, 0.3])
     @test truth.ts == [0.0, 0.1, 0.3, 0.5]
