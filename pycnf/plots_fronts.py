@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pycnf.experiments.arms import write_tolerance
@@ -25,7 +25,7 @@ def front_figure(result: BenchResult, data: str, *, error: float = ERROR, title:
     difference to the plain arm, whose NLL is the dotted line: an arm whose bar reaches down to it is not worse by more
     than one standard error. The gray curve is the plain arm at looser tolerances: what can be had without any
     regularizer. The band is the 90 % bootstrap band of the front of all arms over seeds; the best place is at the
-    bottom left.
+    bottom left. Arms far worse than most lie above the frame, and are named there.
 
     Args:
         result: The benchmark.
@@ -53,6 +53,7 @@ def front_figure(result: BenchResult, data: str, *, error: float = ERROR, title:
             if points:
                 _draw_band(panel, result, data, points, cost, error)
                 _draw_points(panel, points, styles)
+                _frame(panel, points)
             if cost == "nfe_test":
                 _draw_tolerance(panel, result, data)
             panel.set(xlabel=label, ylabel="held-out negative log-likelihood (nats)")
@@ -81,10 +82,9 @@ def course_figure(
     if any(any(row["curve"]["nfe_backward"]) for rows in finished.values() for row in rows):
         names.append("nfe_backward")
     styles = _styles(result, data)
-    with house_figure(len(names), title or _title(result, data), width=1.6 + 4.1 * len(names), height=4.2) as (
-        figure,
-        axes,
-    ):
+    width = 1.6 + 4.1 * len(names)
+    height = 3.4 + 0.2 * len(finished) / _columns(width, finished)
+    with house_figure(len(names), title or _title(result, data), width=width, height=height) as (figure, axes):
         for panel, name in zip(axes, names, strict=True):
             for arm, rows in finished.items():
                 longest = max((row["curve"]["step"] for row in rows), key=len)
@@ -123,7 +123,8 @@ def precision_figure(
 
     finished = _finished(result, data, arms)
     styles = _styles(result, data)
-    with house_figure(2, title or data, width=8.6, height=4.2) as (figure, (left, right)):
+    height = 3.4 + 0.2 * len(finished) / _columns(8.6, finished)
+    with house_figure(2, title or data, width=8.6, height=height) as (figure, (left, right)):
         for arm, rows in finished.items():
             runs = [[test for test in row["tolerances"] if test["error_rms"] is not None] for row in rows]
             common = sorted(set.intersection(*({test["rtol"] for test in run} for run in runs)), reverse=True)
@@ -166,6 +167,23 @@ def _draw_points(axes: Axes, points: Sequence[Point], styles: Callable[[str], di
             if point.weights:
                 text = "+".join(f"{weight:g}" for weight in point.weights)
                 axes.annotate(text, (point.nfe, point.nll), xytext=(4, 4), textcoords="offset points", fontsize=7)
+
+
+def _frame(axes: Axes, points: Sequence[Point]) -> None:
+    """Limit the axis of the likelihood to where most arms are, and name those that lie above."""
+    import numpy as np
+
+    plain = points[0].nll
+    if len(points) < 3:
+        return
+    top = plain + 3 * float(np.quantile([abs(point.nll - plain) for point in points[1:]], 0.75))
+    above = [point for point in points if point.nll > top]
+    if not above:
+        return
+    low = min(point.nll - (point.nll_se or 0.0) for point in points)
+    axes.set_ylim(low - 0.1 * (top - low), top)
+    names = "\n".join(f"{point.arm}: {point.nll:.3g} nats at {point.nfe:.3g}" for point in above)
+    axes.text(0.98, 0.98, f"above the frame\n{names}", transform=axes.transAxes, ha="right", va="top", fontsize=7)
 
 
 def _draw_band(axes: Axes, result: BenchResult, data: str, points: Sequence[Point], cost: Cost, error: float) -> None:
@@ -253,7 +271,13 @@ def _title(result: BenchResult, data: str) -> str:
 
 def _legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)))
+    figure.legend(handles, labels, loc="outside lower center", ncols=_columns(figure.get_figwidth(), labels))
+
+
+def _columns(width: float, labels: Iterable[str]) -> int:
+    """Return how many columns of a legend fit into a width in inches."""
+    names = list(labels)
+    return max(1, min(3, len(names), int(width / (0.6 + 0.075 * max(map(len, names))))))
 
 
 def _plain_numbers(axis: Any) -> None:
