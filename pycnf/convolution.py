@@ -96,8 +96,8 @@ class ConvNet(nn.Module):
         hidden: Channels of the L >= 1 hidden layers.
         context: Dimension of the context, 0 for none.
         kernel: Height and width of the kernels, odd.
-        activation: A name in :data:`~pycnf.fields.ACTIVATIONS`.
-        time: Time conditioning of every layer (:class:`TimeConvolution`).
+        activation: A name in ``ACTIVATIONS``.
+        time: Time conditioning of every layer (``TimeConvolution``).
 
     Raises:
         ValueError: On impossible sizes or unknown names.

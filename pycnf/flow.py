@@ -94,10 +94,10 @@ class CNF(nn.Module):
         solver: Solver in training mode, a :class:`~pycnf.solve.Solver` or its settings.
         eval_divergence: Divergence in evaluation mode.
         eval_solver: Solver in evaluation mode.
-        compile: Whether to evaluate perceptrons by compiled code (:func:`pycnf.compiled.compile_bound`): True warns
+        compile: Whether to evaluate perceptrons by compiled code (``pycnf.compiled``): True warns
             once where there is no compiler, ``"auto"`` compiles on a CPU alone and says nothing.
         precision: Precision of the matrix products of a perceptron and its divergence, ``"float32"``, ``"tf32"`` or
-            ``"bfloat16"`` (:mod:`pycnf.products` says when not to); states and log-densities keep their own.
+            ``"bfloat16"`` (``pycnf.products`` says when not to); states and log-densities keep their own.
 
     Raises:
         ValueError: On impossible sizes or settings.

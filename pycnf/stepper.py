@@ -91,7 +91,7 @@ class Watch:
         h: Their signed sizes.
         scales: Tolerances ``atol + rtol * max(|y0|, |y1|)``, one detached array like y a step.
         values: Embedded error estimates and changes of slope and of state between the last two stages,
-            ``(S, 3, *y.shape)`` (:meth:`pycnf.tableau.Tableau.watched`).
+            ``(S, 3, *y.shape)`` (``pycnf.tableau.Tableau.watched``).
     """
 
     t: list[float] = field(default_factory=list)

@@ -97,7 +97,7 @@ class BenchResult:
             error: RMS error of log p for "nfe_equal", in nats.
 
         Returns:
-            A line an arm, as :meth:`ComparisonResult.summary` makes them, of :data:`METRICS`, with "reached", the
+            A line an arm, as ``ComparisonResult.summary`` makes them, of ``METRICS``, with "reached", the
             number of runs that reached the plain arm's NLL (seconds_to_nll is over these alone). Arms after the plain
             one add "within", whether their mean NLL exceeds the plain arm's by at most one standard error: "paired",
             that of the difference seed by seed, and "unpaired", that of the plain arm's mean; and to nll and nfe_test

@@ -237,7 +237,7 @@ def resample(values: Sequence[float], reference: Sequence[float], *, ratio: bool
     """Return the 95 % bootstrap interval of the change of the mean, pairs of values drawn with replacement.
 
     With n pairs there are only (2n - 1)! / (n! (n - 1)!) different draws, 10 for three seeds: with so few the
-    interval is too short, and that of :func:`contrast` is the safe one.
+    interval is too short, and that of ``contrast`` is the safe one.
 
     Args:
         values: Values of one arm.

@@ -19,8 +19,8 @@ from pycnf.solution import BoundVelocity, Solution
 REGISTRY: dict[str, type[Regularizer]] = {}
 
 DEFAULT = "tpr:weight=0.01,degree=4,times=6,channels=both,unit=tolerance"
-"""What "default" stands for: TPR of the degree of dopri5's dense output, on every channel that the step control sees
-and in its units; the winner on POWER in the recorded benchmark (results/regularizers)."""
+"""The regularizer that is called "default", TPR of the degree of dopri5's dense output, on every channel that the step
+control sees and in its units. It is the winner on POWER in the recorded benchmark (results/regularizers)."""
 
 
 @dataclass(frozen=True)
