@@ -14,6 +14,7 @@ dopri5 with their reverse passes, and training steps as fit takes them. Compilin
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import tempfile
@@ -32,8 +33,8 @@ from pycnf import native
 from pycnf.compiled import Compiled, Traced
 from pycnf.divergence import Exact
 from pycnf.joint import channel_norm, joint_dynamics
-from pycnf.tableau import Tableau, tableau
-from pycnf.tangents import Form, OnePass
+from pycnf.tableau import tableau
+from pycnf.tangents import OnePass
 
 TOLERANCE, EQUAL = 1e-4, 5  # tolerance of training steps, and how many equal steps are timed
 Row = dict[str, Any]
@@ -43,35 +44,34 @@ class WholeStep:
     """Take dopri5 steps of equal size and their reverse passes, each compiled as one graph."""
 
     def __init__(self, bound: OnePass, features: int) -> None:
-        self.bound, self.norm, self.tab = bound, channel_norm(features), tableau("dopri5")
-        self.tensors = [tensor.detach() for tensor in bound.prepared]
-        self.forward = torch.compile(lambda *args: self.step(bound.form, self.tab, *args), fullgraph=True)
-        self.backward = torch.compile(lambda *args: self.pull(bound.form, self.tab, *args), fullgraph=True)
+        self.form, self.tensors = bound.form, [tensor.detach() for tensor in bound.prepared]
+        self.norm, tab = channel_norm(features), tableau("dopri5")
+        self.nodes, self.rows = tab.c.tolist(), tab.rows.tolist()
+        self.forward = torch.compile(self.step, fullgraph=True)
+        self.backward = torch.compile(self.pull, fullgraph=True)
 
-    def step(self, form: Form, tab: Tableau, t: Tensor, h: Tensor, y: Tensor, slope: Tensor, *tensors: Tensor) -> Any:
+    def step(self, t: Tensor, h: Tensor, y: Tensor, slope: Tensor, tensors: list[Tensor]) -> Any:
         """Return the solution, its slope, the norm of the error over the tolerance, and what the reverse pass needs."""
-        slopes, kept = [slope], []
-        for c, row in zip(tab.c.tolist(), tab.rows.tolist(), strict=False):
+        slopes, kept, stage = [slope], [], y
+        for c, row in zip(self.nodes, self.rows, strict=False):
             stage = y + sum((h * w).to(y) * k for w, k in zip(row, slopes, strict=False) if w)
-            v, div, saved = form.forward((t + c * h).to(y), stage[:, :-1], tensors)
+            v, div, saved = self.form.forward((t + c * h).to(y), stage[:, :-1], tensors)
             slopes.append(torch.cat([v, -div.unsqueeze(1)], dim=1))
             kept.append([stage, *saved])
-        error = sum((h * w).to(y) * k for w, k in zip(tab.rows[-1].tolist(), slopes, strict=True) if w)
+        error = sum((h * w).to(y) * k for w, k in zip(self.rows[-1], slopes, strict=True) if w)
         scale = TOLERANCE * (1 + torch.maximum(y.abs(), stage.abs()))
         return stage, slopes[-1], self.norm(error / scale), kept
 
-    def pull(
-        self, form: Form, tab: Tableau, t: Tensor, h: Tensor, kept: Any, gy: Tensor, gslope: Tensor, *tensors: Tensor
-    ) -> Any:
+    def pull(self, t: Tensor, h: Tensor, kept: Any, gy: Tensor, gslope: Tensor, tensors: list[Tensor]) -> Any:
         """Return the gradients of the state, the slope and the tensors."""
-        grads, gslopes, total = [torch.zeros_like(x) for x in tensors], [torch.zeros_like(gy)] * len(kept), gy
-        gslopes = [*gslopes, gslope]
+        grads, total = [torch.zeros_like(x) for x in tensors], torch.zeros_like(gy)
+        gslopes = [*([torch.zeros_like(gy)] * len(kept)), gslope]
         for i in range(len(kept), 0, -1):
-            (stage, *saved), g, time = kept[i - 1], gslopes[i], (t + tab.c[i - 1] * h).to(gy)
-            gz = form.backward(time, stage[:, :-1], tensors, saved, g[:, :-1], -g[:, -1], grads)
+            (stage, *saved), g, time = kept[i - 1], gslopes[i], (t + self.nodes[i - 1] * h).to(gy)
+            gz = self.form.backward(time, stage[:, :-1], tensors, saved, g[:, :-1], -g[:, -1], grads)
             gstage = torch.nn.functional.pad(gz, (0, 1)) + (gy if i == len(kept) else 0)
-            total = gstage if i == len(kept) else total + gstage
-            for j, w in enumerate(tab.rows[i - 1].tolist()):
+            total = total + gstage
+            for j, w in enumerate(self.rows[i - 1]):
                 if w:
                     gslopes[j] = gslopes[j] + (h * w).to(gy) * gstage
         return total, gslopes[0], grads
@@ -80,15 +80,15 @@ class WholeStep:
         """Carry y to the end and a gradient back."""
         h, kept = torch.tensor(end / EQUAL, dtype=torch.float64), []
         with torch.no_grad():
-            v, div, _ = self.bound.form.forward(y.new_zeros(()), y[:, :-1], self.tensors)
+            v, div, _ = self.form.forward(y.new_zeros(()), y[:, :-1], self.tensors)
             slope, times = torch.cat([v, -div.unsqueeze(1)], dim=1), [i * h for i in range(EQUAL)]
             for t in times:
-                y, slope, ratio, saved = self.forward(t, h, y, slope, *self.tensors)
+                y, slope, norm, saved = self.forward(t, h, y, slope, self.tensors)
                 kept.append(saved)
-                float(ratio)
+                float(norm)
             gy, gslope = torch.ones_like(y), torch.zeros_like(y)
             for t, saved in zip(reversed(times), reversed(kept), strict=True):
-                gy, gslope, _ = self.backward(t, h, saved, gy, gslope, *self.tensors)
+                gy, gslope, _ = self.backward(t, h, saved, gy, gslope, self.tensors)
 
 
 def evaluation(way: Compiled, y: Tensor) -> None:
@@ -164,9 +164,10 @@ def measure(case: Case, rounds: int, build: float, *, traced: bool) -> list[Row]
 
         return work
 
-    pieces = {"evaluation and pullback": (one, 10 * rounds), f"{EQUAL} steps and back": (steps, rounds)}
+    pieces = {"evaluation and pullback": (one, 4 * rounds), f"{EQUAL} steps and back": (steps, rounds)}
     for label, tpr in (("training step", None), ("training step, TPR", pycnf.TPR())):
         pieces[label] = {name: train(name, tpr) for name in ("eager", "native")}, rounds
+    gc.freeze()  # the rounds collect garbage, and what compiling leaves behind would be looked through each time
     rows = []
     for label, (ways, repeats) in pieces.items():
         seconds = interleave(ways, repeats, warm_up=2)

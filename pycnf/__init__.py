@@ -8,6 +8,7 @@ True
 
 from importlib.metadata import version
 
+from pycnf.convolution import ConvNet as ConvNet
 from pycnf.divergence import Exact as Exact
 from pycnf.divergence import Hutchinson as Hutchinson
 from pycnf.fields import MLP as MLP
@@ -18,6 +19,8 @@ from pycnf.objective import objective as objective
 from pycnf.reference import reference_solve as reference_solve
 from pycnf.regularizers import TPR as TPR
 from pycnf.regularizers import Regularizer as Regularizer
+from pycnf.shipped import load as load
+from pycnf.shipped import models as models
 from pycnf.solution import Solution as Solution
 from pycnf.solution import SolveError as SolveError
 from pycnf.solution import SolveStats as SolveStats

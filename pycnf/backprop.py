@@ -23,10 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pycnf.dynamics import Dynamics, Pullback
+from pycnf.dynamics import Dynamics, Pullback, SteppingDynamics, StepPullback
 from pycnf.solution import refuse_second_derivatives
 from pycnf.stepper import Progress, Step, StepControl, StepError, Stepper, Watch
 
+Point = Pullback | StepPullback | None
 Keep = Literal["nothing", "start", "steps", "stages"]
 
 
@@ -73,12 +74,12 @@ class _Kept:
     t: float
     t1: float
     samples: list[tuple[int, np.ndarray | None]]
-    pullbacks: list[Pullback] | None
+    pullbacks: list[Pullback] | list[StepPullback] | None
     y: Tensor | None = None
     slope: Tensor | None = None
 
 
-class Run(Stepper[Pullback | None]):
+class Run(Stepper[Point]):
     """Carry one solve forward and, where it was kept, its gradients back.
 
     Args:
@@ -102,6 +103,7 @@ class Run(Stepper[Pullback | None]):
     ) -> None:
         super().__init__(dynamics, control, progress)
         self.ts, self.keep, self.watch = ts, keep, watch
+        self.whole = dynamics if isinstance(dynamics, SteppingDynamics) else None
         self.steps: list[_Kept] = []
         self.watched: list[Tensor] = []
         self.pullback: Pullback | None = None
@@ -137,12 +139,27 @@ class Run(Stepper[Pullback | None]):
         self.pullback = None if self.keep == "start" else pullback
         return slope
 
-    def evaluate(self, t: float, y: Tensor) -> tuple[Tensor, Pullback | None]:
-        """Return the slope at one point, and the pullback there where it is kept or had again."""
+    def stages(
+        self, t: float, h: float, y: Tensor, slope: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor, list[Point]]:
+        """Evaluate the stages of a step, all at once where the right-hand side can."""
+        if self.whole is None:
+            return super().stages(t, h, y, slope, weights)
+        for _ in self.tableau.c:
+            self.count()
+        slopes, last, pullback = self.whole.step(t, h, y, slope, self.tableau)
+        return slopes, last, [pullback]
+
+    def count(self) -> None:
+        """Count an evaluation."""
         if self.replaying:
             self.progress.stats.nfe_backward += 1
         else:
             self.progress.spend()
+
+    def evaluate(self, t: float, y: Tensor) -> tuple[Tensor, Pullback | None]:
+        """Return the slope at one point, and the pullback there where it is kept or had again."""
+        self.count()
         if self.replaying or self.keep == "stages":
             return self.dynamics.linearize(self.time(t, y), y)
         value = self.dynamics(self.time(t, y), y)
@@ -150,7 +167,7 @@ class Run(Stepper[Pullback | None]):
             raise ValueError("the right-hand side closes over tensors that want gradients: name them in tensors=")
         return value, None
 
-    def accept(self, step: Step[Pullback | None]) -> tuple[Tensor, Tensor]:
+    def accept(self, step: Step[Point]) -> tuple[Tensor, Tensor]:
         """Sample and watch a step, and keep what the reverse pass will need of it."""
         samples = self.sample(step)
         if self.watch is not None:
@@ -166,7 +183,7 @@ class Run(Stepper[Pullback | None]):
         self.y = step.y1
         return step.y1, step.slope
 
-    def sample(self, step: Step[Pullback | None]) -> list[tuple[int, np.ndarray | None]]:
+    def sample(self, step: Step[Point]) -> list[tuple[int, np.ndarray | None]]:
         """Fill in the states at those of the times that lie in a step; return their numbers and weights."""
         direction, samples = (1 if step.h > 0 else -1), []
         while self.sampled < len(self.ts) and (step.t1 - self.ts[self.sampled]) * direction >= 0:
@@ -181,7 +198,7 @@ class Run(Stepper[Pullback | None]):
         """Return the weights (s,) of the slopes in the dense output at a fraction theta of the step."""
         return theta ** np.arange(4, 0, -1) @ self.tableau.dense
 
-    def pullbacks(self, kept: _Kept, rows: Tensor) -> list[Pullback]:
+    def pullbacks(self, kept: _Kept, rows: Tensor) -> list[Pullback] | list[StepPullback]:
         """Return the pullbacks at the stages of a step, from evaluating them again where they were not kept."""
         if kept.pullbacks is not None:
             return kept.pullbacks
@@ -214,12 +231,16 @@ class Run(Stepper[Pullback | None]):
             if not tab.advances:
                 gslopes.addr_(weights[s - 1], gy)
                 inside += gy
-            for i in range(s - 1, 0, -1):
-                gstage = pullbacks[i - 1](gslopes[i].view(gout.shape[1:]), grads).reshape(-1)
-                if tab.advances and i == s - 1:
-                    gstage = gstage + gy
-                gslopes[:i].addr_(weights[i - 1, :i], gstage)
-                inside += gstage
+            glast = gy if tab.advances else torch.zeros_like(gy)
+            if self.whole is not None:
+                (pull,) = cast(list[StepPullback], pullbacks)
+                inside += pull(gslopes, glast, grads)
+            else:
+                for i, pullback in reversed(list(enumerate(cast(list[Pullback], pullbacks), 1))):
+                    gstage = pullback(gslopes[i].view(gout.shape[1:]), grads).reshape(-1)
+                    gstage = gstage + glast if i == s - 1 else gstage
+                    gslopes[:i].addr_(weights[i - 1, :i], gstage)
+                    inside += gstage
             gy, gslope = inside, gslopes[0]
         if self.pullback is not None:
             gy = gy + self.pullback(gslope.view(gout.shape[1:]), grads).reshape(-1)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from pycnf.tableau import Tableau
 
 Pullback = Callable[[Tensor, list[Tensor]], Tensor]
 
@@ -24,6 +26,23 @@ class Dynamics(Protocol):
     def __call__(self, t: Tensor, y: Tensor) -> Tensor: ...
 
     def linearize(self, t: Tensor, y: Tensor) -> tuple[Tensor, Pullback]: ...
+
+
+StepPullback = Callable[[Tensor, Tensor, list[Tensor]], Tensor]
+
+
+@runtime_checkable
+class SteppingDynamics(Dynamics, Protocol):
+    """Evaluate all stages of a Runge-Kutta step at once.
+
+    ``step(t, h, y, slope, tableau)`` returns the slopes (s, N), the first of which is given, the last stage (N,) and a
+    function (g, glast, grads) -> gy: from the gradients of the slopes (s, N), those of later ones passed on to earlier
+    ones in place, and of the last stage, to the share of y that comes through the stages; it adds to ``grads`` too.
+    """
+
+    def step(
+        self, t: float, h: float, y: Tensor, slope: Tensor, tableau: Tableau
+    ) -> tuple[Tensor, Tensor, StepPullback]: ...
 
 
 def check_closure(value: Tensor, known: Sequence[Tensor]) -> None:
@@ -83,4 +102,4 @@ class AutogradDynamics:
         return value.detach(), pullback
 
 
-__all__ = ["AutogradDynamics", "Dynamics", "Pullback", "check_closure"]
+__all__ = ["AutogradDynamics", "Dynamics", "Pullback", "StepPullback", "SteppingDynamics", "check_closure"]

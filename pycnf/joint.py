@@ -12,11 +12,12 @@ from torch.nn import functional
 
 from pycnf.compiled import Compile, Compiled, compile_bound
 from pycnf.divergence import BoundField, LinearizedField, call_field
-from pycnf.dynamics import Pullback
+from pycnf.dynamics import Pullback, StepPullback
 from pycnf.fields import MLP
+from pycnf.native import Native
 from pycnf.solution import Steps
 from pycnf.stepper import Watch
-from pycnf.tableau import tableau
+from pycnf.tableau import Tableau, tableau
 from pycnf.tangents import OnePass
 
 
@@ -79,6 +80,17 @@ class _CompiledDynamics:
         return self.compiled.forward(t, y), functools.partial(self.compiled.backward, t, y)
 
 
+class _SteppingDynamics(_CompiledDynamics):
+    """Take whole steps, too."""
+
+    compiled: Native
+
+    def step(
+        self, t: float, h: float, y: Tensor, slope: Tensor, tableau: Tableau
+    ) -> tuple[Tensor, Tensor, StepPullback]:
+        return self.compiled.step(t, h, y, slope, tableau)
+
+
 def joint_dynamics(
     bound: BoundField, *, compile: Compile = False, precision: str = "float32"
 ) -> Callable[[Tensor, Tensor], Tensor]:
@@ -93,8 +105,7 @@ def joint_dynamics(
         bound.round_to(precision)
     pullable = isinstance(bound, LinearizedField) and bound.pullable
     plain = _PullableDynamics(bound) if pullable else JointDynamics(bound)
-    compiled = compile_bound(bound, compile)
-    return plain if compiled is None else _CompiledDynamics(plain, compiled)
+    return _prefer(compile_bound(bound, compile), plain)
 
 
 def state_dynamics(
@@ -111,7 +122,13 @@ def state_dynamics(
     plain, compiled = StateDynamics(field, context), None
     if compile and type(field) is MLP:
         compiled = compile_bound(OnePass(field, z, context, None), compile, density=False)
-    return plain if compiled is None else _CompiledDynamics(plain, compiled)
+    return _prefer(compiled, plain)
+
+
+def _prefer(compiled: Compiled | None, plain: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    if compiled is None:
+        return plain
+    return (_SteppingDynamics if isinstance(compiled, Native) else _CompiledDynamics)(plain, compiled)
 
 
 def channel_norm(features: int) -> Callable[[Tensor], Tensor]:

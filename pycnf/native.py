@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pycnf.dynamics import StepPullback
+from pycnf.tableau import Tableau
 from pycnf.tangents import OnePass, Slopes, Tangents
 
 SOURCE = Path(__file__).with_name("perceptron.cpp")
@@ -39,6 +41,16 @@ class _Problem(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("activation", "threads")),
         ("widths", ctypes.c_int64 * DEEPEST),
         *((name, ctypes.c_void_p) for name in ("shared", "transposed", "start", "end", "extra")),
+    )
+
+
+class _Stages(ctypes.Structure):
+    """Describe a step of a Runge-Kutta method, as the source declares it."""
+
+    _fields_ = (
+        ("count", ctypes.c_int64),
+        *((name, ctypes.c_double) for name in ("t", "h")),
+        *((name, ctypes.c_void_p) for name in ("c", "a")),
     )
 
 
@@ -102,7 +114,7 @@ def _load() -> ctypes.CDLL | str:
         code = ctypes.CDLL(str(build(cache_folder())))
     except (OSError, RuntimeError) as err:  # the latter where there is no home
         return str(err)
-    for name, arguments in (("forward", 4), ("backward", 9)):
+    for name, arguments in (("forward", 4), ("backward", 9), ("step", 5), ("pull_step", 10)):
         for dtype in ("float32", "float64"):
             door = getattr(code, f"{dtype}_{name}")
             door.argtypes, door.restype = [ctypes.c_void_p] * arguments, None
@@ -132,8 +144,10 @@ class Native:
     def __init__(self, bound: OnePass, code: ctypes.CDLL, *, density: bool = True) -> None:
         first, *hidden, last = bound.weights
         self._lanes = 64 // first.element_size()
-        dtype = str(first.dtype).removeprefix("torch.")
-        self._forward, self._backward = getattr(code, f"{dtype}_forward"), getattr(code, f"{dtype}_backward")
+        doors = (
+            f"{first.dtype}_{name}".removeprefix("torch.") for name in ("forward", "backward", "step", "pull_step")
+        )
+        self._forward, self._backward, self._step, self._pull_step = (getattr(code, door) for door in doors)
         start, end, own = _tangents(bound) if density else (first[:0].t()[:0], last[:0], [])
         by_row, matrices = density and bound.probes is not None, [*hidden, *own]
         vectors = [part for vector in (bound.offset, bound.rate) for part in vector.split(bound.sizes)]
@@ -167,6 +181,24 @@ class Native:
         pointers = (tensor.data_ptr() for tensor in (t, y, g, gy, grads[0]))
         self._backward(self._address, *pointers, *self._pointers(grads))
         return gy
+
+    def step(
+        self, t: float, h: float, y: Tensor, slope: Tensor, tableau: Tableau
+    ) -> tuple[Tensor, Tensor, StepPullback]:
+        """Take a step (:class:`~pycnf.dynamics.SteppingDynamics`)."""
+        y, count = y.contiguous(), len(tableau.c) + 1
+        slopes, last = y.new_empty(count, y.numel()), y.new_empty(y.numel())
+        slopes[0] = slope.reshape(-1)
+        stages = _Stages(count, t, h, tableau.c.ctypes.data, tableau.rows.ctypes.data)
+        self._step(self._address, ctypes.addressof(stages), y.data_ptr(), slopes.data_ptr(), last.data_ptr())
+
+        def pull(g: Tensor, glast: Tensor, grads: list[Tensor]) -> Tensor:
+            gy = glast.clone()  # changes on the way from the last stage to y
+            pointers = (tensor.data_ptr() for tensor in (y, slopes, g, gy, grads[0]))
+            self._pull_step(self._address, ctypes.addressof(stages), *pointers, *self._pointers(grads))
+            return gy
+
+        return slopes, last, pull
 
     def _pad(self, x: Tensor) -> Tensor:
         """Fill rows up with zeros to whole vectors."""

@@ -220,7 +220,7 @@ template <class T> struct Field {
         const T* next = (const T*)p.transposed;
         for (int64_t l = 0; l + 1 < L; l++) flip[l] = next, next += h[l] * n[l + 1];
         for (int64_t l = 0; l + 1 < L; l++) own_flip[l] = p.own ? next : flip[l], next += p.own ? h[l] * n[l + 1] : 0;
-        row_size = (1 + K) * 2 * (layers + widest) + layers;
+        row_size = (1 + K) * 2 * (layers + widest) + layers + padded<T>(C);
         const int64_t most = std::min<int64_t>(MOST, std::max<int64_t>(4, NEAR / (row_size * sizeof(T))));
         const int64_t blocks = ((B + most - 1) / most + p.threads - 1) / p.threads * p.threads;
         rows = (B + blocks - 1) / blocks;
@@ -242,7 +242,7 @@ template <class T> struct Field {
 
 template <class T> struct Block {  // (1 + K, rows, width) before and after each activation, the value first
     int64_t row, rows;
-    T *before[DEEPEST], *after[DEEPEST], *slope[DEEPEST], *above, *below;
+    T *before[DEEPEST], *after[DEEPEST], *slope[DEEPEST], *above, *below, *stage;
 
     Block(const Field<T>& f, int64_t number) : row(number * f.rows), rows(std::min(f.rows, f.B - row)) {
         static thread_local std::vector<T> memory;
@@ -254,6 +254,7 @@ template <class T> struct Block {  // (1 + K, rows, width) before and after each
             slope[l] = take(f.rows * f.n[l]);
         }
         above = take((1 + f.K) * f.rows * f.widest), below = take((1 + f.K) * f.rows * f.widest);
+        stage = take(f.rows * padded<T>(f.C));
     }
 };
 
@@ -419,6 +420,70 @@ void backward(const Problem& p, T t, const T* y, const T* g, T* gy, T* gshared, 
     });
 }
 
+// ---- one step of a Runge-Kutta method: Y_i = y + h sum_j a_ij k_j, k_i = f(t + c_i h, Y_i) ------------
+
+struct Stages {  // as declared in pycnf/native.py
+    int64_t count;        // of slopes
+    double t, h;
+    const double *c, *a;  // (count - 1) and (count - 1, count)
+};
+
+template <class T> struct Step {  // on the way of one block from stage to stage
+    const Field<T>& f;
+    const Stages& s;
+    const T* y;
+    T* slopes;  // (count, B, C)
+    std::vector<std::vector<T>> offsets;
+
+    Step(const Field<T>& f, const Stages& s, const T* y, T* slopes) : f(f), s(s), y(y), slopes(slopes) {
+        for (int64_t i = 1; i < s.count; i++) offsets.push_back(f.offsets(time(i)));
+    }
+    T time(int64_t i) const { return (T)(s.t + s.c[i - 1] * s.h); }
+    T weight(int64_t i, int64_t j) const { return (T)(s.h * s.a[(i - 1) * s.count + j]); }
+    T* part(T* all, int64_t i, const Block<T>& b) const { return all + (i * f.B + b.row) * f.C; }
+    template <class A> void evaluate_stage(int64_t i, Block<T>& b) const {
+        const int64_t size = b.rows * f.C;
+        std::copy_n(y + b.row * f.C, size, b.stage);
+        for (int64_t j = 0; j < i; j++)
+            for (int64_t n = 0; n < size; n++) b.stage[n] += weight(i, j) * part(slopes, j, b)[n];
+        evaluate<A>(f, offsets[i - 1].data(), b.stage, b);
+    }
+};
+
+template <class A, class T> void step(const Problem& p, const Stages& s, const T* y, T* slopes, T* last) {
+    const Field<T> f(p);
+    const Step<T> step(f, s, y, slopes);
+#pragma omp parallel for num_threads((int)p.threads) schedule(static)
+    for (int64_t n = 0; n < f.blocks(); n++) {
+        Block<T> b(f, n);
+        for (int64_t i = 1; i < s.count; i++) {
+            step.template evaluate_stage<A>(i, b);
+            finish(f, step.offsets[i - 1].data(), b, step.part(slopes, i, b));
+        }
+        std::copy_n(b.stage, b.rows * f.C, last + b.row * f.C);
+    }
+}
+
+template <class A, class T>  // gy comes in as the gradient of the last stage; gslopes collects those of the slopes
+void pull_step(const Problem& p, const Stages& s, const T* y, T* slopes, T* gslopes, T* gy, T* gshared,
+               const Slots<T>& slots) {
+    const Field<T> f(p);
+    const Step<T> step(f, s, y, slopes);
+    each_part(f, gshared, [&](const Parts<T>& sums, Block<T>& b) {
+        const int64_t size = b.rows * f.C;
+        std::vector<T> gstage(size), total(size);
+        for (int64_t i = s.count - 1; i > 0; i--) {
+            step.template evaluate_stage<A>(i, b);
+            pull<A>(f, step.time(i), b.stage, step.part(gslopes, i, b), gstage.data(), b, sums, slots);
+            for (int64_t n = 0; n < size && i + 1 == s.count; n++) gstage[n] += gy[b.row * f.C + n];
+            for (int64_t n = 0; n < size; n++) total[n] += gstage[n];
+            for (int64_t j = 0; j < i; j++)
+                for (int64_t n = 0; n < size; n++) step.part(gslopes, j, b)[n] += step.weight(i, j) * gstage[n];
+        }
+        std::copy_n(total.data(), size, gy + b.row * f.C);
+    });
+}
+
 template <class F> void choose(int64_t activation, F call) {
     switch (activation) {
         case 0: return call(Tanh{});
@@ -437,6 +502,16 @@ template <class F> void choose(int64_t activation, F call) {
                                     T* gstart, T* gend, T* gextra) {                                          \
         const Slots<T> slots{gstart, gend, gextra};                                                           \
         choose(p->activation, [&](auto a) { backward<decltype(a), T>(*p, *t, y, g, gy, gshared, slots); });   \
+    }                                                                                                         \
+    extern "C" void NAME##_step(const Problem* p, const Stages* s, const T* y, T* slopes, T* last) {          \
+        choose(p->activation, [&](auto a) { step<decltype(a), T>(*p, *s, y, slopes, last); });                \
+    }                                                                                                         \
+    extern "C" void NAME##_pull_step(const Problem* p, const Stages* s, const T* y, T* slopes, T* gslopes,    \
+                                     T* gy, T* gshared, T* gstart, T* gend, T* gextra) {                      \
+        const Slots<T> slots{gstart, gend, gextra};                                                           \
+        choose(p->activation, [&](auto a) {                                                                   \
+            pull_step<decltype(a), T>(*p, *s, y, slopes, gslopes, gy, gshared, slots);                        \
+        });                                                                                                   \
     }
 DOORS(float, float32)
 DOORS(double, float64)

@@ -83,8 +83,9 @@ class Solver:
             (adaptive methods of the engine ``"pycnf"`` and fields that repeat themselves; memory for one step's
             stages and two states a step; one more call for each stage of an accepted step). ``"adjoint"`` solves the
             adjoint equation backwards (constant memory; gradient correct to tolerance; calls of its own). Rule of
-            thumb, from ``benchmarks/gradient_modes.py``: ``"backprop"`` is the fastest where its memory suffices, the
-            memory of ``"checkpoint"`` hardly grows with the number of evaluations, ``"adjoint"`` holds the least.
+            thumb (``benchmarks/gradient_modes.py`` measures it): ``"backprop"`` where its memory suffices, else
+            ``"checkpoint"``, whose memory hardly grows with the number of evaluations, else ``"adjoint"``, which
+            holds the least.
         samples: How states at sampled times are taken from an adaptive solve: ``"dense"`` from the step's
             interpolating polynomial (no extra calls), ``"exact"`` by ending a step there (as accurate as the
             end state; extra steps).

@@ -268,22 +268,27 @@ class Stepper(ABC, Generic[P]):
 
     def step(self, t: float, t1: float, y: Tensor, slope: Tensor, rows: Tensor) -> Step[P]:
         """Try one step from t to t1."""
-        tab, control, flat, h = self.tableau, self.control, y.reshape(-1), t1 - t
-        s = len(tab.c) + 1
-        slopes = torch.empty(s, flat.numel(), dtype=y.dtype, device=y.device)
-        slopes[0] = slope.reshape(-1)
+        control, flat, h = self.control, y.reshape(-1), t1 - t
         weights = rows * h
+        slopes, last, points = self.stages(t, h, y, slope, weights)
+        y1 = last if self.tableau.advances else torch.addmv(flat, slopes.t(), weights[-2])
+        scale = torch.maximum(flat.abs(), y1.abs()).mul_(control.rtol).add_(control.atol)
+        error = torch.mv(slopes.t(), weights[-1]).div_(scale)
+        return Step(t, t1, h, y, y1.view_as(y), slopes, points, error.view_as(y), scale.view_as(y))
+
+    def stages(self, t: float, h: float, y: Tensor, slope: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, list[P]]:
+        """Return the slopes (s, N) at the stages of a step, the last stage (N,), and what the evaluations leave."""
+        flat, nodes = y.reshape(-1), self.tableau.c.tolist()
+        slopes = torch.empty(1 + len(nodes), flat.numel(), dtype=y.dtype, device=y.device)
+        slopes[0] = slope.reshape(-1)
         points: list[P] = []
         stage = flat
-        for i in range(1, s):
+        for i, c in enumerate(nodes, 1):
             stage = torch.addmv(flat, slopes[:i].t(), weights[i - 1, :i])
-            value, point = self.evaluate(t + float(tab.c[i - 1]) * h, stage.view_as(y))
+            value, point = self.evaluate(t + c * h, stage.view_as(y))
             slopes[i] = value.reshape(-1)
             points.append(point)
-        y1 = stage if tab.advances else torch.addmv(flat, slopes.t(), weights[s - 1])
-        scale = torch.maximum(flat.abs(), y1.abs()).mul_(control.rtol).add_(control.atol)
-        error = torch.mv(slopes.t(), weights[s]).div_(scale)
-        return Step(t, t1, h, y, y1.view_as(y), slopes, points, error.view_as(y), scale.view_as(y))
+        return slopes, stage, points
 
     def factor(self, ratio: float) -> float:
         """Return the factor of the step size after a step with this error over tolerance."""

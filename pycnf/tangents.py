@@ -330,14 +330,13 @@ class OnePass:
         self.rate = torch.cat([layer.time_weight for layer in self.layers]) if concat else torch.zeros_like(self.offset)
         extra = () if self.extra is None else (self.extra,)
         self.prepared = (self.offset, self.rate, *self.weights, *self.constants, *extra)
-
-    @property
-    def form(self) -> Form:
-        return Form(self.rule, self.activation, self.sizes, len(self.constants))
+        self.form = Form(self.rule, self.activation, self.sizes, len(self.constants))
 
     def round_to(self, precision: str) -> None:
         """Multiply matrices in a precision of ``PRECISIONS`` from now on."""
         self.rule = replace(self.rule, products=PRECISIONS[precision])
+        if self.pullable:
+            self.form = replace(self.form, rule=self.rule)
 
     def __call__(self, t: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return v of shape (B, D) and div v of shape (B,) at scalar t and z of shape (B, D)."""
@@ -357,11 +356,11 @@ class OnePass:
 
     def linearize(self, t: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Pullback]:
         """Return v, div v and their pullback (gv, gdiv, grads) -> gz, which adds to grads, ordered as ``prepared``."""
-        form = self.form
-        v, div, saved = form.forward(t, z, self.prepared)
+        form, tensors = self.form, self.prepared
+        v, div, saved = form.forward(t, z, tensors)
 
         def pullback(gv: Tensor, gdiv: Tensor, grads: list[Tensor]) -> Tensor:
-            return form.backward(t, z, self.prepared, saved, gv, gdiv, grads)
+            return form.backward(t, z, tensors, saved, gv, gdiv, grads)
 
         return v, div, pullback
 

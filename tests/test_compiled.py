@@ -8,7 +8,9 @@ import os
 import pickle
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,11 +19,12 @@ from problems import Sine
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pycnf import CNF, TPR, SolveError, Solver, native, objective
+from pycnf import CNF, TPR, SolveError, Solver, SolveWarning, native, objective
 from pycnf.compiled import WIDEST, Traced, compile_bound
 from pycnf.divergence import Divergence, Exact, Hutchinson
 from pycnf.fields import ACTIVATIONS, MLP
 from pycnf.joint import JointDynamics, joint_dynamics, state_dynamics
+from pycnf.solve import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 TIGHT = {"atol": 1e-12, "rtol": 1e-10}
@@ -135,6 +138,30 @@ def test_flows_do_not_change_when_compiled(engine: str) -> None:
     assert len(found[0]) > 3
     for got, want in zip(found[1], found[0], strict=True):
         torch.testing.assert_close(got, want, atol=1e-10, rtol=1e-8)
+
+
+@needs_compiler
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.kind == "adaptive"])
+@pytest.mark.parametrize("gradient", ["backprop", "checkpoint"])
+def test_whole_steps_are_those_of_every_method(method: str, gradient: str) -> None:
+    """States at sampled times, what is watched, gradients and counts, also of a solve that its budget stops."""
+    solver = Solver(method=method, rtol=1e-5, atol=1e-5, gradient=gradient)  # type: ignore[arg-type]
+    short = replace(solver, max_nfe=20, on_budget="stop")
+    flow, x, found = CNF(2, (12, 10, 8)).double(), torch.randn(30, 2).double(), []
+    for compile, settings in itertools.product((False, True), (solver, short)):
+        flow.compiled = compile
+        flow.zero_grad()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SolveWarning)
+            solution = flow.solve_blocks(x, None, [torch.tensor([0.3, 0.8])], solver=settings, watched=True)
+        block = solution.blocks[0]
+        loss = block.z.pow(2).sum() + solution.log_prob.sum() + block.steps.error.pow(2).sum()  # type: ignore[union-attr]
+        loss.backward()
+        counts = torch.tensor([solution.stats.nfe, solution.stats.nfe_backward, solution.stats.accepted])
+        found.append([counts, block.z.detach(), *(p.grad.clone() for p in flow.parameters() if p.grad is not None)])
+    for plain, compiled in zip(found[:2], found[2:], strict=True):
+        for got, want in zip(compiled, plain, strict=True):
+            torch.testing.assert_close(got, want, atol=1e-9, rtol=1e-7)
 
 
 @needs_compiler

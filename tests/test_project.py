@@ -57,6 +57,7 @@ FLOORS = {
     "plots_diagnostics": 5,
     "plots_fronts": 5,
     "plots_images": 5,
+    "shipped": 5,
     "vae": 5,
     "plots_vae": 5,
     "cli": 6,
@@ -250,7 +251,7 @@ def test_readme_commands_exist() -> None:
     environment = os.environ | {"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}
     for _, *arguments in commands:
         words = [word for word in arguments if not word.startswith("-")]
-        names = words[: 2 if words[:1] in (["data"], ["bench"]) else 1]
+        names = words[: 2 if words[:1] in (["data"], ["bench"], ["experiment"]) else 1]
         call = [sys.executable, "-c", "from pycnf.cli import main; main()", *names, "--help"]
         done = subprocess.run(call, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
         assert done.returncode == 0, f"pycnf {' '.join(names)}: {done.stderr}"

@@ -30,7 +30,6 @@ from pycnf.solve import Solver
 from pycnf.tangents import OnePass
 from pycnf.training.folder import read_checkpoint
 from pycnf.vae import (
-    PRESETS,
     VAE,
     LowRankMLP,
     PictureSet,
@@ -38,7 +37,6 @@ from pycnf.vae import (
     describe_pictures,
     evaluate_vae,
     evidence_bound,
-    get_preset,
     importance_likelihood,
     load_pictures,
     load_vae,
@@ -206,8 +204,6 @@ def test_gradients_of_a_solve_are_those_of_automatic_differentiation() -> None:
         (lambda: build_networks("dense", (4, 4), (), 2, 1), "sizes >= 1"),
         (lambda: model("gaussian").encode(torch.zeros(2, 5)), r"shape \(B, 6\)"),
         (lambda: importance_likelihood(model("gaussian"), torch.zeros(1, 6), samples=0), "samples >= 1"),
-        (lambda: get_preset("vae-cifar"), "unknown preset 'vae-cifar': choose one of vae-mnist"),
-        (lambda: get_preset("vae-mnist", "large"), "unknown budget 'large'"),  # type: ignore[arg-type]
     ],
 )
 def test_impossible_settings_are_refused(build: Callable[[], Any], message: str) -> None:
@@ -585,37 +581,6 @@ def test_real_pictures_are_divided_as_in_the_literature(name: str, sizes: tuple[
 
 
 # --- presets -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "hidden", "blocks", "rank", "activation"),
-    [
-        ("vae-mnist", (1024, 1024), 2, 64, "softplus"),
-        ("vae-omniglot", (512, 512), 5, 20, "softplus"),
-        ("vae-freyfaces", (512, 512), 2, 20, "softplus"),
-        ("vae-caltech", (2048,), 1, 20, "tanh"),
-    ],
-)
-def test_presets_have_the_papers_settings(
-    name: str, hidden: tuple[int, ...], blocks: int, rank: int, activation: str
-) -> None:
-    preset = get_preset(name)
-    found = (preset.hidden, preset.blocks, preset.rank, preset.activation)
-    assert found == (hidden, blocks, rank, activation)
-    assert (preset.latent, preset.T, preset.batch_size, preset.lr) == (64, 0.5, 100, 5e-4)
-    assert (preset.warmup, preset.patience) == (100, 35)
-    small = get_preset(name, "small")
-    vae = small.build()
-    assert sum(p.numel() for p in vae.parameters()) < 1e6
-    assert isinstance(vae.posterior, CNFPosterior)
-    assert vae.posterior.flow.T == 0.5
-    assert str(vae.posterior.flow.divergence) == "hutchinson-gaussian"
-    assert vae.config["posterior"] == small.posterior
-    assert small.build({"kind": "gaussian"}).posterior.flow is None
-
-
-def test_presets_name_sets_of_pictures() -> None:
-    assert {preset.pictures for preset in PRESETS.values()} == {"mnist", "omniglot", "freyfaces", "caltech"}
 
 
 # --- training ------------------------------------------------------------------------------------

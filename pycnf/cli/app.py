@@ -15,6 +15,7 @@ from pycnf.cli.comparing import compare
 from pycnf.cli.crosschecking import crosscheck, julia
 from pycnf.cli.datasets import data_app
 from pycnf.cli.diagnosing import diagnose
+from pycnf.cli.experimenting import experiment_app
 from pycnf.cli.running import evaluate, sample, train
 from pycnf.experiments.runs import FAILURES
 
@@ -72,6 +73,7 @@ def _common(
 
 for _command in (compare, train, evaluate, sample, diagnose, crosscheck, julia):
     app.command()(_command)
+app.add_typer(experiment_app, name="experiment")
 app.add_typer(bench_app, name="bench")
 app.add_typer(data_app, name="data")
 

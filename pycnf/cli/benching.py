@@ -19,6 +19,7 @@ from pycnf.experiments.arms import describe_tolerance
 from pycnf.experiments.bench_results import BENCH
 from pycnf.experiments.benchmark import default_output, split_names
 from pycnf.experiments.budgets import budget_names
+from pycnf.experiments.reproduction import draw_result
 from pycnf.experiments.setup import Setup
 from pycnf.records import read_json
 
@@ -161,7 +162,7 @@ def regularizers(
     except KeyboardInterrupt as err:
         again = "The same command goes on from there" + ("." if resume else ", without --overwrite.")
         raise KeyboardInterrupt(f"interrupted; what is finished is recorded in {folder}. {again}") from err
-    figures = [path for name in result.data for path in _draw(result, name)]
+    figures = draw_result(result)
     if as_json:
         typer.echo(json.dumps(read_json(result.folder / BENCH), ensure_ascii=False))
     else:
@@ -194,21 +195,6 @@ def bench_table(result: BenchResult, data: str) -> Table:
             style="dim" if "only tested at" in str(arm) else None,
         )
     return table
-
-
-def _draw(result: BenchResult, data: str) -> list[Path]:
-    comparison = result.comparison(data)
-    if not comparison.finished(comparison.arms[0]):
-        return []
-    from pycnf.plots import save_figure
-    from pycnf.plots_fronts import course_figure, front_figure, precision_figure
-
-    figures = {
-        "front": front_figure(result, data),
-        "course": course_figure(result, data),
-        "precision": precision_figure(result, data),
-    }
-    return [save_figure(figure, result.folder / f"{name}-{data}.svg") for name, figure in figures.items()]
 
 
 def _print(result: BenchResult, figures: list[Path]) -> None:

@@ -1,4 +1,4 @@
-"""Benchmark regularizers: sets × arms × seeds at equal tolerance, in several processes, one record a run."""
+"""Compare regularizers: sets × arms × seeds at equal tolerance, in several processes, one record a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from pycnf.data import load
 from pycnf.experiments.arms import parse_arms, parse_seeds
 from pycnf.experiments.bench_results import PLAIN, RUNS, BenchResult, check_protocol, load_bench
 from pycnf.experiments.budgets import Budget, read_budget
@@ -20,7 +19,7 @@ from pycnf.experiments.jobs import CRASHED, Job, failure, perform
 from pycnf.experiments.pool import Event, run_parallel
 from pycnf.experiments.progress import Progress
 from pycnf.experiments.runs import data_fingerprint
-from pycnf.experiments.setup import Setup, setup_for, setup_on
+from pycnf.experiments.setup import Setup
 from pycnf.records import command_line
 from pycnf.training.folder import make_folder
 
@@ -82,11 +81,12 @@ def bench(
         "runs": Path(RUNS) / folder.name if runs is None else Path(runs),
         "overwrite": overwrite,
         "command": command or command_line(),
+        "work": chosen.work,
     }
     names = list(chosen.data) if data is None else split_names(data)
     specs = chosen.regularizers if regularizers is None else regularizers
     arms = _plan_arms(chosen, names, specs, settings, jobs, shared)
-    plan = _order(arms, parse_seeds(chosen.seeds if seeds is None else seeds))
+    plan = _order(arms, parse_seeds(chosen.seeds if seeds is None else seeds), folder if chosen.figures else None)
     if (folder / RUNS).is_dir():
         check_protocol([*load_bench(folder).rows, *({"configuration": job.configuration} for job in plan)])
     todo = [job for job in plan if overwrite or (job.read() or {"status": CRASHED})["status"] == CRASHED]
@@ -136,13 +136,13 @@ def _plan_arms(
     if jobs is not None and jobs < 1:
         raise ValueError(f"expected jobs >= 1, got {jobs}")
     for name in names:  # before any data are read
-        _check_setup(setup_for(name, budget.settings_for(name, settings)), specs)
+        _check_setup(budget.work.setup(name, budget.settings_for(name, settings)), specs)
     planned: list[list[Job]] = []
     for name in names:
-        dataset = load(name, data_dir=shared["data_dir"])
+        dataset = budget.work.load(name, shared["data_dir"])
         if dataset.name in [other[0].data for other in planned]:
             raise ValueError(f"two sets have the name {dataset.name!r}: rename a file")
-        setup = setup_on(dataset, name, budget.settings_for(name, settings))
+        setup = budget.work.setup(name, budget.settings_for(name, settings), dataset)
         common: dict[str, Any] = {
             "source": name,
             "data": dataset.name,
@@ -179,12 +179,13 @@ def _check_setup(setup: Setup, specs: str | Sequence[str]) -> None:
         )
 
 
-def _order(arms: Sequence[Sequence[Job]], seeds: Sequence[int]) -> list[Job]:
+def _order(arms: Sequence[Sequence[Job]], seeds: Sequence[int], figures: Path | None) -> list[Job]:
     """Take seed after seed, and in it the arms of a set next to each other, in alternating order."""
     plan: list[Job] = []
     for i, seed in enumerate(seeds):
+        own: dict[str, Any] = {"seed": seed, "figures": None if i else figures}
         for jobs in arms:
-            plan += [dataclasses.replace(job, seed=seed) for job in (jobs if i % 2 == 0 else jobs[::-1])]
+            plan += [dataclasses.replace(job, **own) for job in (jobs if i % 2 == 0 else jobs[::-1])]
     return plan
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pycnf.experiments.setup import Setup
+from pycnf.experiments.workloads import TABLES, Workload
 
 TABLE = Path(__file__).with_name("budgets.toml")
 
@@ -28,6 +29,8 @@ class Budget:
         truth_rows: Rows of these at which the error of log p is measured.
         settings: Settings of :class:`~pycnf.experiments.setup.Setup` for every set.
         data: Settings by set, which go before those for every set and those of the set's preset.
+        work: What is trained, and how it is tested.
+        figures: Whether to draw what the model of each arm has learned with the first seed.
     """
 
     name: str
@@ -39,6 +42,8 @@ class Budget:
     sweep_rows: int = 2000
     truth_rows: int = 500
     settings: dict[str, Any] = field(default_factory=dict)
+    work: Workload = TABLES
+    figures: bool = False
 
     def settings_for(self, data: str, more: Mapping[str, Any]) -> dict[str, Any]:
         """Return the settings for a set, listed here or not, with those of ``more`` that are not None on top."""
@@ -74,12 +79,12 @@ def budget_names() -> tuple[str, ...]:
 
 
 def _budget(name: str, table: Any, path: Path) -> Budget:
-    known = {f.name: f for f in dataclasses.fields(Budget)}
+    known = {f.name for f in dataclasses.fields(Budget)} - {"name", "work", "figures"}
     settings = {f.name for f in dataclasses.fields(Setup)}
     where = f"the budget {name!r} of {path.name}"
-    if not isinstance(table, dict) or (unknown := table.keys() - known.keys() | table.keys() & {"name"}):
+    if not isinstance(table, dict) or (unknown := table.keys() - known):
         found = repr(sorted(unknown)[0]) if isinstance(table, dict) else repr(table)
-        raise ValueError(f"{where} has an unknown entry {found}: expected {', '.join(known)}")
+        raise ValueError(f"{where} has an unknown entry {found}: expected {', '.join(sorted(known))}")
     if missing := {"about", "regularizers", "data"} - table.keys():
         raise ValueError(f"{where} lacks {sorted(missing)[0]!r}")
     for part in (table.get("settings", {}), *table["data"].values()):

@@ -13,8 +13,9 @@ from typing import Any
 from pycnf.data import Dataset, load
 from pycnf.experiments.arms import Arm, describe_tolerance, parse_arms, parse_seeds
 from pycnf.experiments.results import ComparisonResult
-from pycnf.experiments.runs import FAILURES, Row, data_fingerprint, digest, identify, train_and_test
+from pycnf.experiments.runs import FAILURES, data_fingerprint, digest, identify, train_and_test
 from pycnf.experiments.setup import setup_for, setup_on
+from pycnf.experiments.workloads import Row
 from pycnf.records import read_json, write_json
 
 RECORD = "comparison.json"

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pycnf.data import Dataset, load
 from pycnf.experiments.pool import Report
-from pycnf.experiments.runs import FAILURES, Row, digest, train_and_test
+from pycnf.experiments.runs import FAILURES, digest, train_and_test
 from pycnf.experiments.setup import Setup
+from pycnf.experiments.workloads import TABLES, Row, Workload
 from pycnf.records import read_json, run_record, write_json
 from pycnf.regularizers import parse_regularizers
 
@@ -38,6 +38,8 @@ class Job:
         overwrite: Whether a run that was begun is dropped.
         command: Command to record.
         workers: Number of processes that share the machine.
+        work: What is trained, and how it is tested.
+        figures: Folder for figures of what the model has learned; None draws nothing.
     """
 
     source: str
@@ -55,6 +57,8 @@ class Job:
     overwrite: bool
     command: str
     workers: int
+    work: Workload = TABLES
+    figures: Path | None = None
 
     @property
     def configuration(self) -> Row:
@@ -68,13 +72,18 @@ class Job:
             "test_tolerances": list(self.tolerances),
             "sweep_rows": self.sweep_rows,
             "truth_rows": self.truth_rows,
+            **self.work.describe(),
         }
 
     @property
     def name(self) -> str:
         """Name of its files; no two runs have the same."""
-        words = re.sub(r"[^A-Za-z0-9.]+", "-", f"{self.data}-{self.regularizer}").strip("-")[:80]
-        return f"{words}-seed{self.seed}-{digest(self.configuration)}"
+        return f"{self.slug}-seed{self.seed}-{digest(self.configuration)}"
+
+    @property
+    def slug(self) -> str:
+        """Set and regularizer in file names."""
+        return re.sub(r"[^A-Za-z0-9.]+", "-", f"{self.data}-{self.regularizer}").strip("-")[:80]
 
     @property
     def record(self) -> Path:
@@ -113,10 +122,11 @@ def perform(job: Job, report: Report) -> None:
     """
     try:
         row = train_and_test(
-            _load(job.source, job.data_dir),
+            _load(job.work, job.source, job.data_dir),
             parse_regularizers(job.regularizer),
             job.seed,
             job.setup,
+            work=job.work,
             folder=job.runs / job.name,
             resume=False if job.overwrite else "auto",
             overwrite=job.overwrite,
@@ -127,6 +137,7 @@ def perform(job: Job, report: Report) -> None:
             truth_rows=job.truth_rows,
             command=job.command,
             loaded_from=job.source,
+            figures=None if job.figures is None else job.figures / job.slug,
         )
     except FAILURES as err:
         row = failure(job, FAILED, str(err))
@@ -156,8 +167,8 @@ def failure(job: Job, status: str, message: str) -> Row:
 
 
 @functools.lru_cache(maxsize=1)
-def _load(source: str, data_dir: Path | None) -> Dataset:
-    return load(source, data_dir=data_dir)
+def _load(work: Workload, source: str, data_dir: Path | None) -> Any:
+    return work.load(source, data_dir)
 
 
 def _reporter(report: Report) -> Any:

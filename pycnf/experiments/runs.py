@@ -1,28 +1,25 @@
-"""One run of an experiment: train a flow with one regularizer and one seed, then test it."""
+"""One run of an experiment: train a model with one regularizer and one seed, then test it."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
-from pycnf.data import Dataset
 from pycnf.experiments.setup import Setup
-from pycnf.experiments.sweep import sweep_tolerances
-from pycnf.flow import CNF
+from pycnf.experiments.workloads import TABLES, Row, Workload
 from pycnf.records import run_record, write_json
 from pycnf.regularizers import Regularizer, describe_regularizers
 from pycnf.solution import SolveError
-from pycnf.training import FitResult, TrainingError, evaluate, fit
+from pycnf.training import FitResult, TrainingError
 from pycnf.training.batches import fingerprint
 from pycnf.training.folder import CHECKPOINT
 from pycnf.training.options import resolve_device
-
-Row = dict[str, Any]
 
 FAILURES = (SolveError, TrainingError)
 SWEEP_ROWS = 5000  # test rows on which the effect of the tolerance is measured
@@ -33,11 +30,12 @@ DATA_CARD = "data.json"
 
 
 def train_and_test(
-    data: Dataset,
+    data: Any,
     regularizers: Sequence[Regularizer],
     seed: int,
     setup: Setup,
     *,
+    work: Workload = TABLES,
     label: str | None = None,
     folder: Path | None = None,
     resume: bool | Literal["auto"] = False,
@@ -49,17 +47,19 @@ def train_and_test(
     truth_rows: int = TRUTH_ROWS,
     command: str | None = None,
     loaded_from: str | None = None,
+    figures: Path | None = None,
 ) -> Row:
-    """Train a flow on a data set and test it on the held-out rows with the exact divergence.
+    """Train a model on a data set and test it on the held-out rows: by default a flow, with the exact divergence.
 
     Two runs with the same seed and setup start from the same weights and see the same batches, whatever their
     regularizers.
 
     Args:
-        data: The data set.
+        data: The data set, as the workload loads it.
         regularizers: Regularizers of training.
         seed: Seed of the initial weights and of everything random in training.
         setup: Model, solvers and training.
+        work: What is trained, and how it is tested.
         label: Name of the arm; None for the regularizers.
         folder: Run folder, see :func:`~pycnf.training.loop.fit`.
         resume: Go on with the run in the folder; "auto" does so where it can be done, and starts anew elsewhere.
@@ -72,6 +72,8 @@ def train_and_test(
         truth_rows: Rows of these at which the error of log p is measured.
         command: Command to record; None for that of this process.
         loaded_from: Name or path from which the data were loaded; the run folder keeps it.
+        figures: Draw what the model has learned, as ``FIGURE-NAME.png`` beside this path, which ends in NAME; None
+            draws nothing.
 
     Returns:
         The row of a comparison (see :class:`~pycnf.experiments.ComparisonResult`), with "status" "finished".
@@ -82,27 +84,27 @@ def train_and_test(
         TrainingError: Training failed.
         TrainingInterrupted: Ctrl-C.
     """
-    flow = setup.build(data.features, seed)
-    training = setup.training() | {
+    model = work.build(data, setup, seed)
+    options: Row = {
         "regularizers": list(regularizers),
         "seed": seed,
         "device": setup.device,
         "output": folder,
-        "data_name": data.name,
         "progress": progress,
         "callbacks": tuple(callbacks),
     }
-    result = _fit(flow, data, folder, training, resume=resume, overwrite=overwrite)
+    begin = functools.partial(work.fit, model, data, setup, **options)
+    result = _fit(begin, folder, resume=resume, overwrite=overwrite)
     if folder is not None:
-        write_json(folder / DATA_CARD, describe_data(data) | {"load": loaded_from or data.name})
-    flow.to(resolve_device(setup.device))
-    test = evaluate(flow, data.test, batch_size=setup.test_batch_size, warm_start=setup.warm_start)
+        write_json(folder / DATA_CARD, work.card(data) | {"load": loaded_from or data.name})
+    model.to(resolve_device(setup.device))
+    if figures is not None:
+        _draw(work.figures(model, data), figures)
     rows = result.rows("train")
     row = identify(data, regularizers, seed, setup, label=label, command=command)
     return row | {
         "status": "finished",
-        "nll": test.nll,
-        "nll_se": test.nll_se,
+        **work.test(model, data, setup),
         "nll_validation": result.nll,
         "nfe_train": result.nfe_train,
         "nfe_train_last": result.nfe_train_last,
@@ -110,32 +112,21 @@ def train_and_test(
         "nfe_backward": result.nfe_backward,
         "nfe_backward_last": result.nfe_backward_last,
         f"nfe_backward_last_{END}": _mean(rows[-END:], "nfe_backward"),
-        "nfe_test": test.nfe,
-        "accepted": test.accepted,
-        "rejected": test.rejected,
         "accepted_train": _mean(rows, "accepted"),
         "rejected_train": _mean(rows, "rejected"),
         "steps": result.steps,
         "best_step": result.best_step,
         "stopped": result.stopped,
         "seconds": result.seconds,
-        "seconds_test": test.seconds,
-        "parameters": sum(p.numel() for p in flow.parameters()),
-        "tolerances": sweep_tolerances(
-            flow,
-            data.test[:sweep_rows],
-            test_tolerances,
-            batch_size=setup.test_batch_size,
-            truth_rows=truth_rows,
-            warm_start=setup.warm_start,
-        ),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "tolerances": work.sweep(model, data, setup, test_tolerances, sweep_rows, truth_rows),
         "curve": thin(result),
         "validation": validations(result),
     }
 
 
 def identify(
-    data: Dataset,
+    data: Any,
     regularizers: Sequence[Regularizer],
     seed: int,
     setup: Setup,
@@ -146,7 +137,7 @@ def identify(
     """Return what is known of a run before it is made, with the keys of its results set to None."""
     name = describe_regularizers(regularizers)
     device = resolve_device(setup.device)
-    measured = ("nll", "nll_se", "nfe_train", "nfe_train_last", "nfe_backward", "nfe_test")
+    measured = ("nll", "nll_se", "nfe_train", "nfe_train_last", "nfe_backward", "nfe_test", "test_divergence")
     fields = {
         "data": data.name,
         "regularizer": name,
@@ -159,24 +150,18 @@ def identify(
         "test_atol": setup.test_atol,
         "gradient": setup.gradient,
         "divergence": setup.divergence,
-        "test_divergence": "exact",
         "batch_size": setup.batch_size,
         "test_batch_size": setup.test_batch_size,
         "train_rows": len(data.train),
         "test_rows": len(data.test),
+        "notes": data.notes,
         **dict.fromkeys((*measured, "accepted", "rejected", "steps", "seconds")),
     }
     extra = {} if command is None else {"command": command}
     return run_record(device=device, **fields, **extra)
 
 
-def describe_data(data: Dataset) -> Row:
-    """Return what turns a flow's samples back into the original units, and where the data come from."""
-    names = ("name", "source", "notes", "columns", "shift", "scale")
-    return {name: getattr(data, name) for name in names}
-
-
-def data_fingerprint(data: Dataset) -> str:
+def data_fingerprint(data: Any) -> str:
     """Return hex digits of the training, validation and test rows, to tell whether two runs saw the same data."""
     return "-".join(fingerprint((part, None)) for part in (data.train, data.validation, data.test))
 
@@ -209,17 +194,24 @@ def digest(configuration: Mapping[str, Any]) -> str:
 
 
 def _fit(
-    flow: CNF, data: Dataset, folder: Path | None, options: Row, *, resume: bool | Literal["auto"], overwrite: bool
+    begin: Callable[..., FitResult], folder: Path | None, *, resume: bool | Literal["auto"], overwrite: bool
 ) -> FitResult:
     if resume == "auto":
         begun = folder is not None and (folder / CHECKPOINT).is_file()
         try:
-            return fit(flow, data.train, data.validation, resume=begun, **options)
+            return begin(resume=begun)
         except ValueError:  # a damaged checkpoint, or one of other settings: start anew
             if folder is None:
                 raise
             resume, overwrite = False, True
-    return fit(flow, data.train, data.validation, resume=resume, overwrite=overwrite, **options)
+    return begin(resume=resume, overwrite=overwrite)
+
+
+def _draw(drawn: Mapping[str, Any], path: Path) -> None:
+    from pycnf.plots import save_figure
+
+    for name, figure in drawn.items():
+        save_figure(figure, path.with_name(f"{name}-{path.name}.png"))
 
 
 def _mean(rows: Sequence[Row], name: str) -> float:
@@ -227,6 +219,6 @@ def _mean(rows: Sequence[Row], name: str) -> float:
 
 
 __all__ = [
-    *("FAILURES", "Row", "data_fingerprint", "describe_data", "digest", "identify"),
+    *("FAILURES", "data_fingerprint", "digest", "identify"),
     *("thin", "train_and_test", "validations"),
 ]

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from pycnf.data import Dataset, names
+from pycnf.data import Dataset
+from pycnf.experiments.presets import BUDGETS, list_presets
 from pycnf.fields import TimeConditioning
 from pycnf.flow import CNF
 from pycnf.solve import METHODS, Solver
@@ -134,27 +135,20 @@ class Setup:
         return dataclasses.asdict(self) | {"hidden": list(self.hidden)}
 
 
-_TOY = {
-    "T": 0.5,
-    "batch_size": 100,
-    "max_steps": 10_000,
-    "lr": 1e-3,
-    "weight_decay": 1e-5,
-    "schedule": "constant",
-}
-_TABLE = {"divergence": "hutchinson", "lr": 1e-3, "schedule": "plateau", "max_steps": 10_000}
+def _by_data() -> dict[str, dict[str, Any]]:
+    known = {field.name for field in dataclasses.fields(Setup)}
+    found: dict[str, dict[str, Any]] = {}
+    for budget in BUDGETS:  # the paper's settings come last, and go first
+        for preset in list_presets().values():
+            if preset.kind == "table":
+                own = {name: value for name, value in preset.settings(budget).items() if name in known}
+                found |= dict.fromkeys(preset.data(budget), own)
+    return found
 
-PRESETS: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(names("toy"), _TOY),
-    "power": {"hidden": (60, 60, 60), "batch_size": 500},
-    "power-full": _TABLE | {"hidden": (60, 60, 60), "blocks": 5, "batch_size": 10_000},
-    "gas": _TABLE | {"hidden": (160, 160, 160), "blocks": 5},
-    "hepmass": _TABLE | {"hidden": (210, 210), "blocks": 10, "activation": "softplus", "batch_size": 10_000},
-    "miniboone": _TABLE | {"hidden": (860, 860), "activation": "softplus"},
-    "bsds300": _TABLE | {"hidden": (1260,) * 3, "blocks": 2, "time": "concatsquash", "batch_size": 10_000},
-}
-"""Settings by data set that differ from :class:`Setup`'s: the TPR paper's, except for ``power``, whose
-embedded subset is set up for minutes on two cores. The paper's initial learning rate is 1e-3 throughout."""
+
+PRESETS: dict[str, dict[str, Any]] = _by_data()
+"""Settings by table that differ from :class:`Setup`'s: the TPR paper's, and for tables that only a small budget of
+:func:`~pycnf.experiments.presets.list_presets` names, such as the embedded ``power``, those of this budget."""
 
 
 def setup_for(data: str | Path, settings: Mapping[str, Any] | None = None, *, rows: int | None = None) -> Setup:

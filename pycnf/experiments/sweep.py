@@ -5,18 +5,20 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pycnf.diagnostics.truth import exact_divergence, in_float64, solve_truth
-from pycnf.flow import CNF
+from pycnf.flow import CNF, FlowSolution
 from pycnf.solution import SolveError, SolveStats
 from pycnf.solve import Solver
 
 Row = dict[str, Any]
+Solved = tuple[Tensor, SolveStats, int]
+"""Log p (N,) of all rows, the counts of all solves, and the number of solves."""
 
 
 def sweep_tolerances(
@@ -53,11 +55,39 @@ def sweep_tolerances(
     batches = x.to(next(double.parameters())).split(batch_size)
     share = max(1, math.ceil(truth_rows / len(batches)))
     try:
-        truth = torch.cat([solve_truth(double, batch[:share]).log_prob for batch in batches])
+        known = [solve_truth(double, batch[:share]).log_prob for batch in batches]
+        rest = [batch.new_full((len(batch) - len(true),), math.nan) for batch, true in zip(batches, known, strict=True)]
+        truth = torch.cat([part for pair in zip(known, rest, strict=True) for part in pair])
     except SolveError:
         truth = None
-    solvers = [dataclasses.replace(flow.eval_solver, rtol=t, atol=t) for t in tolerances]
-    return [_solve(double, batches, solver, truth, share, warm_start=warm_start) for solver in solvers]
+
+    def solve(solver: Solver) -> Solved:
+        found: list[FlowSolution] = []
+        for batch in batches:
+            first_steps = found[-1].openings if found and warm_start else None
+            found.append(double.solve(batch, solver=solver, divergence=exact_divergence(flow), first_steps=first_steps))
+        stats = sum((solution.stats for solution in found), SolveStats())
+        return torch.cat([solution.log_prob for solution in found]), stats, len(batches)
+
+    return sweep(solve, flow.eval_solver, tolerances, truth, len(x))
+
+
+def sweep(
+    solve: Callable[[Solver], Solved], solver: Solver, tolerances: Sequence[float], truth: Tensor | None, rows: int
+) -> list[Row]:
+    """Measure evaluations and the error of log p at several tolerances.
+
+    Args:
+        solve: Function of a solver that returns log p (N,) in nats, the counts of all solves, and their number.
+        solver: Solver, with each tolerance in turn.
+        tolerances: Tolerances, rtol = atol.
+        truth: True log p (N,), NaN where it is not known; None where it is known nowhere.
+        rows: Number N of rows.
+
+    Returns:
+        Rows as :func:`sweep_tolerances` returns them.
+    """
+    return [_measure(solve, dataclasses.replace(solver, rtol=t, atol=t), truth, rows) for t in tolerances]
 
 
 def nfe_at_error(tolerances: Sequence[Mapping[str, Any]], error: float) -> float | None:
@@ -92,33 +122,25 @@ def nfe_at_error(tolerances: Sequence[Mapping[str, Any]], error: float) -> float
     return None
 
 
-def _solve(
-    flow: CNF, batches: Sequence[Tensor], solver: Solver, truth: Tensor | None, share: int, *, warm_start: bool
-) -> Row:
-    row: Row = {"rtol": solver.rtol, "atol": solver.atol, "rows": sum(map(len, batches))}
-    began, found, first_steps = time.perf_counter(), [], None
+def _measure(solve: Callable[[Solver], Solved], solver: Solver, truth: Tensor | None, rows: int) -> Row:
+    row: Row = {"rtol": solver.rtol, "atol": solver.atol, "rows": rows}
+    began = time.perf_counter()
     try:
         with torch.no_grad():
-            for batch in batches:
-                found.append(
-                    flow.solve(batch, solver=solver, divergence=exact_divergence(flow), first_steps=first_steps)
-                )
-                first_steps = found[-1].openings if warm_start else None
+            log_prob, stats, solves = solve(solver)
     except SolveError as err:
         measured = ("nll", "nll_se", "nfe", "accepted", "rejected", "error_rms", "error_max")
         return row | dict.fromkeys(measured) | {"error": str(err)}
-    nll = -torch.cat([solution.log_prob for solution in found])
-    stats = sum((solution.stats for solution in found), SolveStats())
     row |= {
-        "nll": nll.mean().item(),
-        "nll_se": nll.std().item() / len(nll) ** 0.5 if len(nll) > 1 else math.nan,
-        **{name: getattr(stats, name) / len(batches) for name in ("nfe", "accepted", "rejected")},
+        "nll": -log_prob.mean().item(),
+        "nll_se": log_prob.std().item() / len(log_prob) ** 0.5 if len(log_prob) > 1 else math.nan,
+        **{name: getattr(stats, name) / solves for name in ("nfe", "accepted", "rejected")},
         "seconds": time.perf_counter() - began,
         "error_rms": None,
         "error_max": None,
     }
     if truth is not None:
-        error = torch.cat([solution.log_prob[:share] for solution in found]) - truth
+        error = (log_prob - truth)[~truth.isnan()]
         row |= {
             "error_rms": error.square().mean().sqrt().item(),
             "error_max": error.abs().max().item(),
@@ -127,4 +149,4 @@ def _solve(
     return row
 
 
-__all__ = ["nfe_at_error", "sweep_tolerances"]
+__all__ = ["Solved", "nfe_at_error", "sweep", "sweep_tolerances"]

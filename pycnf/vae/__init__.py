@@ -11,9 +11,6 @@ from pycnf.vae.pictures import PictureSet as PictureSet
 from pycnf.vae.pictures import describe_pictures as describe_pictures
 from pycnf.vae.pictures import load_pictures as load_pictures
 from pycnf.vae.posteriors import SolvePlan as SolvePlan
-from pycnf.vae.presets import PRESETS as PRESETS
-from pycnf.vae.presets import Preset as Preset
-from pycnf.vae.presets import get_preset as get_preset
 from pycnf.vae.training import load_vae as load_vae
 from pycnf.vae.training import save_vae as save_vae
 from pycnf.vae.training import train_vae as train_vae
