@@ -56,6 +56,11 @@ CASES = (
     Case("43d", 43, (860, 860), "softplus", 1000, 1.0, 10, 2),
 )
 TOLERANCE = 1e-4
+COMPARED = (  # sides of a comparison, and its name
+    ("pycnf", "classic", "classic"),
+    ("same steps", "classic", "classic, no warm start"),
+    ("same steps", "engine", "torchdiffeq engine"),
+)
 
 
 class ClassicField(nn.Module):
@@ -214,7 +219,7 @@ def measure(case: Case, tpr: pycnf.TPR | None, device: torch.device) -> list[dic
             "peak_mb_against": peaks[against],
             "repeats": case.repeats,
         }
-        for name, against, label in (("pycnf", "classic", "classic"), ("same steps", "engine", "torchdiffeq engine"))
+        for name, against, label in COMPARED
     ]
 
 

@@ -94,8 +94,9 @@ class CNF(nn.Module):
         solver: Solver in training mode, a :class:`~pycnf.solve.Solver` or its settings.
         eval_divergence: Divergence in evaluation mode.
         eval_solver: Solver in evaluation mode.
-        compile: Whether to evaluate perceptrons by compiled code (``pycnf.compiled``): True warns
-            once where there is no compiler, ``"auto"`` compiles on a CPU alone and says nothing.
+        compile: Whether to evaluate perceptrons by compiled code (``pycnf.compiled``), which differs from torch's by
+            rounding: ``"auto"`` does so on a CPU where a C++ compiler is found, True also tries ``torch.compile`` on
+            other devices and warns once where it cannot be done, False never does.
         precision: Precision of the matrix products of a perceptron and its divergence, ``"float32"``, ``"tf32"`` or
             ``"bfloat16"`` (``pycnf.products`` says when not to); states and log-densities keep their own.
 
@@ -126,7 +127,7 @@ class CNF(nn.Module):
         solver: Solver | Mapping[str, Any] | None = None,
         eval_divergence: str | Divergence = "exact",
         eval_solver: Solver | Mapping[str, Any] | None = None,
-        compile: Compile = False,
+        compile: Compile = "auto",
         precision: str = "float32",
     ) -> None:
         super().__init__()

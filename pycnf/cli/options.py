@@ -199,9 +199,9 @@ Gradient = Annotated[
     option(
         "--gradient",
         SOLVER,
-        "How gradients pass the solver: backprop (through its steps) or adjoint (by a second solve, in "
-        "constant memory). [default: backprop]",
-        **one_of(("backprop", "adjoint")),
+        "How gradients pass the solver: backprop (through its steps), checkpoint (the same, evaluating again what it "
+        "does not keep) or adjoint (by a second solve, in constant memory). [default: backprop]",
+        **one_of(("backprop", "checkpoint", "adjoint")),
     ),
 ]
 NSteps = Annotated[

@@ -35,7 +35,7 @@ class Setup:
         atol: Absolute tolerance in training.
         test_rtol: Relative tolerance in validation and test.
         test_atol: Absolute tolerance in validation and test.
-        gradient: "backprop" or "adjoint".
+        gradient: "backprop", "checkpoint" or "adjoint".
         max_nfe: Budget of forward evaluations per block and solve in training; None for no limit.
         max_steps: Training steps at most.
         batch_size: Rows per training step.

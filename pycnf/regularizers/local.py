@@ -118,7 +118,7 @@ def _steps(solution: Solution) -> Steps:
     if solution.steps is None:
         raise ValueError(
             "this regularizer reads the solver's accepted steps: train with an adaptive method, engine='pycnf' and "
-            "gradient='backprop'"
+            "gradient='backprop' or 'checkpoint'"
         )
     return solution.steps
 
