@@ -117,7 +117,7 @@ def run(
     output: Annotated[
         Path | None,
         o.option(
-            "--output -o", o.OUTPUT, "Folder for records and figures. [default: results/NAME-BUDGET]", metavar="DIR"
+            "--output -o", o.OUTPUT, "Folder for records and figures. [default: results/experiments/NAME]", metavar="DIR"
         ),
     ] = None,
     runs: Annotated[

@@ -49,7 +49,7 @@ def run_experiment(
         regularizers: What is compared with the plain arm, which is always there; None for the preset's.
         seeds: A number N for 0 ... N-1, or the seeds; None for the preset's.
         jobs: Processes at a time.
-        output: Folder of the records, ``results/NAME-BUDGET`` if None.
+        output: Folder of the records, ``results/experiments/NAME`` if None, with ``-BUDGET`` added for another than "small".
         runs: Folder of checkpoints and curves, ``runs/`` with the name of ``output`` if None.
         data_dir: Folder with the files of the data.
         overwrite: Make the runs again.
@@ -136,7 +136,7 @@ def find_data(preset: Preset, budget: str, work: Workload, data_dir: str | Path 
 
 def default_folder(name: str, budget: str) -> Path:
     """Return the folder of an experiment's records where none is named."""
-    return Path("results") / f"{name}-{budget}"
+    return Path("results") / "experiments" / (name if budget == "small" else f"{name}-{budget}")
 
 
 def draw_result(result: BenchResult) -> list[Path]:
