@@ -15,10 +15,10 @@ BIN   := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help env test lint types unit format tables book clean distclean
+.PHONY: help env test lint types unit format tables rerun book check-book book-pdf clean distclean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # ---- environment ------------------------------------------------------------------------------
 
@@ -60,15 +60,16 @@ env: $(VENV)/.installed-dev $(VENV)/.installed-book ## create the environment wi
 
 test: lint types unit ## create the environment, lint, type-check, test
 
-lint: $(VENV)/.installed-dev ## check style
+lint: $(VENV)/.installed-dev ## check style and spelling
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 
 types: $(VENV)/.installed-dev ## check types
 	$(BIN)/mypy
 
 unit: $(VENV)/.installed-dev ## run tests and doctests
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -n $(JOBS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -n $(JOBS) -m "not book"
 
 format: $(VENV)/.installed-dev ## rewrite the code in the project's style
 	$(BIN)/ruff check --fix .
@@ -77,17 +78,37 @@ format: $(VENV)/.installed-dev ## rewrite the code in the project's style
 tables: $(VENV)/.installed-dev ## write the tables of the README from the records in results/
 	$(BIN)/python benchmarks/tables.py
 
+rerun: $(VENV)/.installed-dev ## make a record anew: make rerun RECORD=results/...; without RECORD: list them
+	@$(BIN)/python book/_ext/rerun.py $(RECORD)
+
 # ---- book -------------------------------------------------------------------------------------
 
 # Executed pages are kept in _build/.jupyter_cache, which notices a change of a page's own code only. The
 # build starts anew when anything else that the numbers come from changes. After a failed build the parsed
 # pages go, because Sphinx would not report their warnings a second time.
-book: $(VENV)/.installed-book ## create the environment, execute and build the book
+# What the browser would be needed for is checked by `make check-book`.
+book: $(VENV)/.installed-book ## create the environment, execute, build and check the book
 	@$(BIN)/python book/_ext/execution_key.py _build
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
 	    $(BIN)/jupyter-book build book --config _config.yml --path-output . -W -n --keep-going \
 	    || { rm -rf _build/.doctrees; exit 1; }
+	$(BIN)/pytest -q tests/test_book.py -m "not book"
 	@echo "Open $(CURDIR)/_build/html/index.html"
+
+check-book: $(VENV)/.installed-look book ## open every page of the book in a browser and check what it shows
+	$(BIN)/pytest -q tests/test_book.py -m book
+
+# LaTeX and the converter of figures are programs of the system, so they are looked for and not installed.
+book-pdf: $(VENV)/.installed-book ## build the book as one PDF, where a LaTeX is installed
+	@for program in latexmk xelatex rsvg-convert; do \
+	    command -v $$program >/dev/null || { echo "make book-pdf needs $$program, which is not here."; \
+	    echo "On Debian and Ubuntu: sudo apt install latexmk texlive-xetex texlive-latex-extra fonts-freefont-otf librsvg2-bin"; \
+	    exit 1; }; \
+	done >&2
+	@$(BIN)/python book/_ext/execution_key.py _build
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
+	    $(BIN)/jupyter-book build book --config _config.yml --path-output . --builder pdflatex
+	@echo "Open $(CURDIR)/_build/latex/pycnf.pdf"
 
 # ---- housekeeping -----------------------------------------------------------------------------
 

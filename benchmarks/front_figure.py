@@ -17,7 +17,7 @@ from pycnf.plots_flows import densities_figure, solve_paths
 
 COMMAND = "python benchmarks/front_figure.py"
 ARMS = {"no regularizer": "none", "TPR as published": "tpr", "pycnf's default": "default"}
-WINDOWS = {"moons": (-3.5, 3.5, -3.0, 3.0), "8gaussians": (-2.5, 2.5, -2.5, 2.5)}
+WINDOWS = {"moons": (-3.5, 3.5, -3.0, 3.0), "8gaussians": (-4.0, 4.0, -4.0, 4.0)}
 
 
 def main() -> None:

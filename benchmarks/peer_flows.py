@@ -1,4 +1,4 @@
-"""The same flow in pycnf, zuko, torchdyn and diffrax: same weights, tolerance, exact divergence and optimizer.
+"""The same flow in pycnf, zuko, torchdyn, torchode, diffrax: same weights, tolerance, exact divergence and optimizer.
 
 Each side takes training steps (loss -mean log p, its gradient, one step of Adam) and computes log-densities, and
 tells how often it evaluated the field. What is theirs is used as it comes: solver, step control, divergence, gradient.
@@ -9,6 +9,8 @@ tells how often it evaluated the field. What is theirs is used as it comes: solv
   neither evaluations nor states in between, so it can be given no budget and no regularizer of trajectories.
 - torchdyn gets the weights in linear layers that take time as one more input. It builds the graph of the divergence
   even where no gradient is wanted, tells no rejected steps, and leaves log-densities and samples to the user.
+- torchode solves equations, each row with steps of its own; value and divergence are propagated forward in one pass, as
+  pycnf does it, so that what differs is the stepping and the gradient through it. It counts the calls of the field.
 - diffrax solves equations and has no flow: density, divergence and loss are written here, as in its documentation,
   with forward-mode instead of reverse-mode tangents, which is faster. It compiles once for each shape of a batch.
 """
@@ -174,6 +176,56 @@ class Torchdyn:
         return torch.cat([g.flatten() for weight, bias in parts for g in (weight[:, :-1], bias, weight[:, -1])])
 
 
+class Torchode:
+    """Train by stepping through value and divergence with torchode, one pass forward for both."""
+
+    def __init__(self, flow: pycnf.CNF, tolerance: float) -> None:
+        import torchode
+
+        self.torchode, self.T = torchode, flow.T
+        field = flow.fields[0]
+        self.layers: Any = copy.deepcopy(field.layers)
+        self.activation: Any = {"tanh": torch.tanh, "softplus": nn.functional.softplus}[str(field.activation)]
+        term = torchode.ODETerm(self.moved, with_stats=False)
+        control = torchode.IntegralController(tolerance, tolerance, term=term)
+        self.solver = torchode.AutoDiffAdjoint(
+            torchode.Dopri5(term=term), control, backprop_through_step_size_control=False
+        )
+        self.optimizer, self.calls = adam(self.layers), 0
+        self.counts: Counts = {}
+
+    def moved(self, t: Tensor, y: Tensor) -> Tensor:
+        self.calls += 1
+        a, tangents = y[:, :-1], torch.eye(y.shape[1] - 1).to(y).unsqueeze(1)  # (B, D), (D, 1, D)
+        for number, layer in enumerate(self.layers):
+            if number:
+                slope = torch.sigmoid(a) if self.activation is nn.functional.softplus else 1 - torch.tanh(a) ** 2
+                a, tangents = self.activation(a), slope * tangents
+            a = torch.addcmul(a @ layer.weight.t() + layer.bias, t.unsqueeze(1), layer.time_weight)
+            tangents = tangents @ layer.weight.t()
+        return torch.cat([a, -tangents.diagonal(dim1=0, dim2=2).sum(-1).unsqueeze(1)], dim=1)
+
+    def density(self, x: Tensor) -> Tensor:
+        self.calls, ends = 0, torch.full_like(x[:, 0], self.T)
+        start = torch.cat([x, torch.zeros_like(x[:, :1])], dim=1)
+        problem = self.torchode.InitialValueProblem(y0=start, t_start=torch.zeros_like(ends), t_end=ends)
+        y = self.solver.solve(problem).ys[:, -1]
+        self.counts = {"forward": self.calls}
+        return standard_normal_log_prob(y[:, :-1]) - y[:, -1]
+
+    def step(self, x: Tensor) -> None:
+        self.optimizer.zero_grad()
+        (-self.density(x).mean()).backward()
+        self.optimizer.step()
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.density(x)
+
+    def gradient(self) -> Tensor:
+        return torch.cat([p.grad.flatten() for p in self.layers.parameters()])
+
+
 class Diffrax:
     """Train a flow written with diffrax and optax, compiled as a whole."""
 
@@ -256,5 +308,6 @@ SIDES: dict[str, Callable[[pycnf.CNF, float], Side]] = {
     "zuko": Zuko,
     "torchdyn": lambda flow, tolerance: Torchdyn(flow, tolerance, "autograd"),
     "torchdyn, adjoint": lambda flow, tolerance: Torchdyn(flow, tolerance, "adjoint"),
+    "torchode": Torchode,
     "diffrax": Diffrax,
 }

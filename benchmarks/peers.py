@@ -1,7 +1,7 @@
-"""Time training steps and log-densities of pycnf, zuko, torchdyn and diffrax on the same work, interleaved in one run.
+"""Time training steps and log-densities of pycnf and of other libraries on the same work, interleaved in one run.
 
     python -m venv peers-env
-    peers-env/bin/pip install --editable ".[bench]"     # zuko, torchdyn, diffrax, optax
+    peers-env/bin/pip install --editable ".[bench]"     # zuko, torchdyn, torchode, diffrax, optax
     peers-env/bin/python benchmarks/peers.py --output results/benchmarks/peers.json
     peers-env/bin/python benchmarks/peers.py --quick
 

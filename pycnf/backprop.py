@@ -48,7 +48,7 @@ def integrate(
         y0: Start, any shape; it is treated as one vector.
         ts: Times, monotone, the start first and the end last.
         control: What decides the steps.
-        progress: Counts and position, updated as the solve goes; after a :class:`StepError` they tell where.
+        progress: Counts and position, updated as the solve goes; after a ``StepError`` they tell where.
         watch: What to fill with the accepted steps; None to keep nothing of them.
         checkpoint: Whether to keep the accepted steps alone and evaluate their stages again in the reverse pass.
 

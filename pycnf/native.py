@@ -138,7 +138,7 @@ class Native:
         code: What :func:`load` returns.
 
     Attributes:
-        prepared: What :meth:`backward` gives gradients for; automatic differentiation goes on from there.
+        prepared: What ``backward`` gives gradients for; automatic differentiation goes on from there.
     """
 
     def __init__(self, bound: OnePass, code: ctypes.CDLL, *, density: bool = True) -> None:

@@ -17,7 +17,7 @@ def models() -> dict[str, dict[str, Any]]:
     """Return the shipped models by name, each with what is known of it.
 
     Returns:
-        For each name: data (of :func:`pycnf.data.load`), regularizer, seed, steps, rtol and atol (training), test_rtol
+        For each name: data (of ``pycnf.data.load``), regularizer, seed, steps, rtol and atol (training), test_rtol
         and test_atol, nll and nll_se (held-out, in nats), nfe_train and nfe_test (evaluations of a batch of
         test_batch_size rows).
 

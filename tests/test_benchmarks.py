@@ -205,7 +205,11 @@ def test_every_record_has_its_tables() -> None:
 
 def test_marks_name_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "ROOT", tmp_path)
-    record = {"device": "a machine", "threads": 2, "rows": [{"against": "torchdiffeq engine", "case": "moons"} | ENGINE]}
+    record = {
+        "device": "a machine",
+        "threads": 2,
+        "rows": [{"against": "torchdiffeq engine", "case": "moons"} | ENGINE],
+    }
     record["rows"].append(record["rows"][0] | {"against": "classic"})  # type: ignore[attr-defined,index]
     (tmp_path / "step_time.json").write_text(json.dumps(record), encoding="utf-8")
     text = "a\n<!-- table: step_time.json#engines -->\nold\n<!-- end table -->\nb\n"

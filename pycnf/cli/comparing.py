@@ -26,7 +26,7 @@ def compare(
             "--allow-unequal-tolerance",
             o.WHAT,
             "Accept arms at tolerances of their own: none@1e-6 (training and test), none@1e-6/1e-8 "
-            "(rtol/atol), none@1e-4:1e-6 (training:test). Such a comparison is unfair, and is labelled so.",
+            "(rtol/atol), none@1e-4:1e-6 (training:test). Such a comparison is unfair, and is labeled so.",
         ),
     ] = False,
     data_dir: o.DataDir = None,

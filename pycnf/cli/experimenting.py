@@ -117,7 +117,10 @@ def run(
     output: Annotated[
         Path | None,
         o.option(
-            "--output -o", o.OUTPUT, "Folder for records and figures. [default: results/experiments/NAME]", metavar="DIR"
+            "--output -o",
+            o.OUTPUT,
+            "Folder for records and figures. [default: results/experiments/NAME]",
+            metavar="DIR",
         ),
     ] = None,
     runs: Annotated[

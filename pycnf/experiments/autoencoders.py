@@ -37,7 +37,7 @@ OF_FIT = ("batch_size", "eval_batch_size", "lr", "optimizer", "weight_decay", "c
 
 @dataclass(frozen=True, kw_only=True)
 class AutoEncoders(Workload):
-    """Train a variational auto-encoder whose posterior is a flow of low-rank updates (:mod:`pycnf.vae`).
+    """Train a variational auto-encoder whose posterior is a flow of low-rank updates (``pycnf.vae``).
 
     The flow's settings are those of the setup; "nll" stands for the negative evidence lower bound, and evaluations
     are those of one posterior solve. Arms are tested with the same noise.

@@ -49,7 +49,8 @@ def run_experiment(
         regularizers: What is compared with the plain arm, which is always there; None for the preset's.
         seeds: A number N for 0 ... N-1, or the seeds; None for the preset's.
         jobs: Processes at a time.
-        output: Folder of the records, ``results/experiments/NAME`` if None, with ``-BUDGET`` added for another than "small".
+        output: Folder of the records; if None, ``results/experiments/NAME``, and for another budget than "small"
+            ``results/experiments/NAME-BUDGET``.
         runs: Folder of checkpoints and curves, ``runs/`` with the name of ``output`` if None.
         data_dir: Folder with the files of the data.
         overwrite: Make the runs again.

@@ -76,7 +76,7 @@ def train_and_test(
             draws nothing.
 
     Returns:
-        The row of a comparison (see :class:`~pycnf.experiments.ComparisonResult`), with "status" "finished".
+        The row of a comparison (see :class:`~pycnf.experiments.results.ComparisonResult`), with "status" "finished".
 
     Raises:
         ValueError: Setup, data or folder do not fit.

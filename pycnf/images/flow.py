@@ -75,7 +75,7 @@ class ImageFlow(CNF):
         shape: Shape (C, H, W) of the images.
         hidden: Channels of the hidden layers of each block's :class:`~pycnf.convolution.ConvNet`.
         depth: Blocks of every stage; all scales but the last have two stages, before and after their squeeze.
-        scales: Number of scales, None for as many as the images allow (:func:`~pycnf.images.stages.plan`).
+        scales: Number of scales, None for as many as the images allow (``pycnf.images.stages.plan``).
         context: Dimension of a context c, for a conditional density p(x | c); 0 for none.
         levels: Number of levels of a pixel.
         alpha: Margin of the logits (:class:`~pycnf.images.pieces.Logit`).
@@ -186,9 +186,9 @@ class ImageFlow(CNF):
         ends: Sequence[float] | None = None,
         **settings: Any,
     ) -> ImageSolution:
-        """Solve with interior times, and where wanted end times, of each block's own (see :meth:`CNF.solve`).
+        """Solve with interior times, and where wanted end times, of each block's own (see ``CNF.solve``).
 
-        Settings beyond those named are those of :meth:`CNF.solve_blocks`; sequences are in the order of the solve.
+        Settings beyond those named are those of ``CNF.solve_blocks``; sequences are in the order of the solve.
         """
         self.check_states(x)
         self._check_context(context)

@@ -38,7 +38,7 @@ class LowRankMLP(nn.Module):
         features: Dimension D of z.
         hidden: Widths of the hidden layers.
         rank: Rank R of the updates.
-        activation: A name in :data:`~pycnf.fields.ACTIVATIONS`.
+        activation: A name in ``pycnf.fields.ACTIVATIONS``.
         block: Number of this field among those that share a context.
         blocks: How many of equal shape share it.
 

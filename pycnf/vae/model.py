@@ -20,9 +20,9 @@ class VAE(nn.Module):
         shape: Height and width of the pictures.
         latent: Dimension D of the latent state.
         networks: Kind of the encoder and the decoder, ``"conv"`` or ``"dense"``.
-        widths: Their widths (:func:`~pycnf.vae.networks.build_networks`); the last is the number of features.
-        pixels: Distribution of the pixels, a name in :data:`~pycnf.vae.pixels.PIXELS`.
-        posterior: Kind of posterior and its settings (:func:`~pycnf.vae.posteriors.build_posterior`).
+        widths: Their widths (``pycnf.vae.networks.build_networks``); the last is the number of features.
+        pixels: Distribution of the pixels, a name in ``pycnf.vae.pixels.PIXELS``.
+        posterior: Kind of posterior and its settings (``pycnf.vae.posteriors.build_posterior``).
 
     Raises:
         ValueError: On unknown names or impossible sizes.

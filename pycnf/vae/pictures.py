@@ -93,7 +93,7 @@ def load_pictures(name: str, *, data_dir: str | os.PathLike[str] | None = None, 
     """Load a set of pictures by name.
 
     Args:
-        name: A name in :data:`SOURCES`.
+        name: A name in ``SOURCES``.
         data_dir: Folder with its files; by default that of the environment variable PYCNF_DATA, and the user's cache.
         seed: Seed of the division, where the files do not divide it, and of the pixels that are drawn once.
 
