@@ -93,17 +93,17 @@ def solve_paths(flow: CNF, x: Tensor, *, points: int = 100) -> Paths:
 
 
 def log_density_at(flow: CNF, t: float, z: Tensor) -> Tensor:
-    r"""Return the log-density of the states at a time, log p_t(z) = log N(z(end); 0, I) + int_t^end div v dt.
+    r"""Return the log-density of the states at a time, ``log p_t(z) = log N(z(end); 0, I) + int_t^end div v dt``.
 
     At t = 0 it is ``flow().log_prob(z)``, at the end that of the base density.
 
     Args:
         flow: A flow without context.
         t: Time in [0, blocks * T], counted on through the blocks.
-        z: States (*batch, D).
+        z: States ``(*batch, D)``.
 
     Returns:
-        Log-densities (*batch) in nats.
+        Log-densities ``(*batch)`` in nats.
 
     Raises:
         ValueError: The flow has a context, or there is no such time.

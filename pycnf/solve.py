@@ -85,7 +85,7 @@ class Solver:
             adjoint equation backwards (constant memory; gradient correct to tolerance; calls of its own). Rule of
             thumb (``benchmarks/gradient_modes.py`` measures it): ``"backprop"`` where its memory suffices, else
             ``"checkpoint"``, whose memory hardly grows with the number of evaluations, else ``"adjoint"``, which
-            holds the least.
+            holds the least for wide layers (small perceptrons in compiled code keep next to nothing anyway).
         samples: How states at sampled times are taken from an adaptive solve: ``"dense"`` from the step's
             interpolating polynomial (no extra calls), ``"exact"`` by ending a step there (as accurate as the
             end state; extra steps).

@@ -46,7 +46,18 @@ OTHERS = ["genindex", "search"]  # made by the builder
 
 ROOMS = ("data", "diagnostics", "experiments", "images", "regularizers", "training", "vae")
 PACKAGES = ["pycnf", *(f"pycnf.{name}" for name in ROOMS)]
-MODULES = [f"pycnf.{name}" for name in ("shipped", "plots_diagnostics", "plots_fronts", "plots_images", "plots_vae")]
+MODULES = [
+    f"pycnf.{name}"
+    for name in (
+        "shipped",
+        "plots_animation",
+        "plots_diagnostics",
+        "plots_flows",
+        "plots_fronts",
+        "plots_images",
+        "plots_vae",
+    )
+]
 
 
 def documented() -> list[str]:
