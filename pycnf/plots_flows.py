@@ -361,6 +361,11 @@ def _check(flow: CNF) -> None:
 
 
 def check_flows(flows: Mapping[str, CNF], *, features: int) -> None:
+    """Check that flows can be drawn side by side.
+
+    Raises:
+        ValueError: There is none, or one has a context or another number of features.
+    """
     if not flows:
         raise ValueError("expected one flow or more")
     for name, flow in flows.items():
