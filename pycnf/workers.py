@@ -70,7 +70,7 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, payload, seed), daemon=True)
-        with _interrupts_ignored():
+        with interrupts_ignored():
             self.process.start()
         theirs.close()
         self.index = -1
@@ -144,7 +144,7 @@ def _pickled(task: Task) -> bytes:
 
 
 @contextlib.contextmanager
-def _interrupts_ignored() -> Iterator[None]:
+def interrupts_ignored() -> Iterator[None]:
     """Let a process that is started here ignore Ctrl-C from its first moment on."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -156,4 +156,4 @@ def _interrupts_ignored() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-__all__ = ["Job", "Task", "spread"]
+__all__ = ["Job", "Task", "interrupts_ignored", "spread"]

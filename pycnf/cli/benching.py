@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import textwrap
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -18,7 +19,7 @@ from pycnf.experiments import bench as run_bench
 from pycnf.experiments.arms import describe_tolerance
 from pycnf.experiments.bench_results import BENCH
 from pycnf.experiments.benchmark import default_output, split_names
-from pycnf.experiments.budgets import budget_names
+from pycnf.experiments.budgets import Budget, budget_names
 from pycnf.experiments.reproduction import draw_result
 from pycnf.experiments.setup import Setup
 from pycnf.records import read_json
@@ -71,28 +72,12 @@ def regularizers(
     config: o.Config = None,
     rtol: o.Rtol = None,
     atol: o.Atol = None,
-    test_tolerance: Annotated[
-        float | None,
-        o.option(
-            "--test-tolerance",
-            o.SOLVER,
-            "Tolerance in validation and test, rtol = atol. [default: 1e-5]",
-            **o.positive(),
-        ),
-    ] = None,
+    test_tolerance: o.TestTolerance = None,
     max_steps: Annotated[
         int | None, o.option("--max-steps", o.TRAINING, "Training steps at most. [default: the budget's]", min=1)
     ] = None,
     device: o.Device = None,
-    jobs: Annotated[
-        int | None,
-        o.option(
-            "--jobs -j",
-            o.TRAINING,
-            "Runs at a time, each in a process with one thread. [default: one a core; one for a GPU]",
-            min=1,
-        ),
-    ] = None,
+    jobs: o.Jobs = None,
     output: Annotated[
         Path | None,
         o.option(
@@ -102,19 +87,8 @@ def regularizers(
             metavar="DIR",
         ),
     ] = None,
-    runs: Annotated[
-        Path | None,
-        o.option(
-            "--runs",
-            o.OUTPUT,
-            "Folder for checkpoints and curves. [default: runs/ with the name of the output]",
-            metavar="DIR",
-        ),
-    ] = None,
-    resume: Annotated[
-        bool,
-        o.option("--resume/--overwrite", o.OUTPUT, "Keep the runs that are recorded, or make those asked for anew."),
-    ] = True,
+    runs: o.Runs = None,
+    resume: o.KeepRuns = True,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -144,29 +118,35 @@ def regularizers(
         "max_steps": max_steps,
         "device": device,
     }
+    options: dict[str, Any] = {"seeds": seeds, "jobs": jobs, "runs": runs, "data_dir": data_dir}
+    options |= {"data": data, "regularizers": regularizers or None, **settings}
+    result = run_recorded(chosen, folder, options, resume=resume, quiet=quiet)
+    report(result, lambda figures: _print(result, figures), as_json=as_json)
+
+
+def run_recorded(budget: Budget, folder: Path, options: Mapping[str, Any], *, resume: bool, quiet: bool) -> BenchResult:
+    """Run a benchmark into a folder; an interruption tells how to go on."""
     try:
-        result = run_bench(
-            chosen,
-            data=data,
-            regularizers=regularizers or None,
-            seeds=seeds,
-            jobs=jobs,
+        return run_bench(
+            budget,
             output=folder,
-            runs=runs,
-            data_dir=data_dir,
             overwrite=not resume,
             progress=not quiet,
             command=o.this_command(),
-            **settings,
+            **options,
         )
     except KeyboardInterrupt as err:
         again = "The same command goes on from there" + ("." if resume else ", without --overwrite.")
         raise KeyboardInterrupt(f"interrupted; what is finished is recorded in {folder}. {again}") from err
+
+
+def report(result: BenchResult, show: Callable[[list[Path]], None], *, as_json: bool) -> None:
+    """Draw a result and show it; exit with 1 where every run failed."""
     figures = draw_result(result)
     if as_json:
         typer.echo(json.dumps(read_json(result.folder / BENCH), ensure_ascii=False))
     else:
-        _print(result, figures)
+        show(figures)
     if len(result.failures) == len(result.rows):
         raise typer.Exit(1)
 

@@ -13,14 +13,13 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from pycnf.cli import options as o
-from pycnf.cli.benching import bench_table
+from pycnf.cli.benching import bench_table, report, run_recorded
 from pycnf.cli.tables import console, tolerance_table
-from pycnf.experiments import BenchResult, get_preset, list_presets, parse_seeds, plan_experiment, run_experiment
+from pycnf.experiments import BenchResult, get_preset, list_presets, parse_seeds, plan_experiment
 from pycnf.experiments.bench_results import BENCH
 from pycnf.experiments.presets import BUDGETS
-from pycnf.experiments.reproduction import KINDS, default_folder, draw_result
+from pycnf.experiments.reproduction import KINDS, default_folder
 from pycnf.experiments.results import write_cell
-from pycnf.records import read_json
 
 experiment_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="markdown", help="Run the experiments of the TPR paper by name."
@@ -92,28 +91,12 @@ def run(
     config: o.Config = None,
     rtol: o.Rtol = None,
     atol: o.Atol = None,
-    test_tolerance: Annotated[
-        float | None,
-        o.option(
-            "--test-tolerance",
-            o.SOLVER,
-            "Tolerance in validation and test, rtol = atol. [default: 1e-5]",
-            **o.positive(),
-        ),
-    ] = None,
+    test_tolerance: o.TestTolerance = None,
     max_steps: Annotated[
         int | None, o.option("--max-steps", o.TRAINING, "Training steps at most. [default: the preset's]", min=1)
     ] = None,
     device: o.Device = None,
-    jobs: Annotated[
-        int | None,
-        o.option(
-            "--jobs -j",
-            o.TRAINING,
-            "Runs at a time, each in a process with one thread. [default: one a core; one for a GPU]",
-            min=1,
-        ),
-    ] = None,
+    jobs: o.Jobs = None,
     output: Annotated[
         Path | None,
         o.option(
@@ -123,19 +106,8 @@ def run(
             metavar="DIR",
         ),
     ] = None,
-    runs: Annotated[
-        Path | None,
-        o.option(
-            "--runs",
-            o.OUTPUT,
-            "Folder for checkpoints and curves. [default: runs/ with the name of the output]",
-            metavar="DIR",
-        ),
-    ] = None,
-    resume: Annotated[
-        bool,
-        o.option("--resume/--overwrite", o.OUTPUT, "Keep the runs that are recorded, or make those asked for anew."),
-    ] = True,
+    runs: o.Runs = None,
+    resume: o.KeepRuns = True,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -165,31 +137,9 @@ def run(
     o.say(
         f"{plan.about}; budget {budget}, on {_name_data(name, budget, *plan.data)}; results go to {folder}", quiet=quiet
     )
-    try:
-        result = run_experiment(
-            name,
-            budget,
-            regularizers=regularizer,
-            seeds=seeds,
-            jobs=jobs,
-            output=folder,
-            runs=runs,
-            data_dir=data_dir,
-            overwrite=not resume,
-            progress=not quiet,
-            command=o.this_command(),
-            **settings,
-        )
-    except KeyboardInterrupt as err:
-        again = "The same command goes on from there" + ("." if resume else ", without --overwrite.")
-        raise KeyboardInterrupt(f"interrupted; what is finished is recorded in {folder}. {again}") from err
-    figures = draw_result(result)
-    if as_json:
-        typer.echo(json.dumps(read_json(result.folder / BENCH), ensure_ascii=False))
-    else:
-        _print(result, name, figures)
-    if len(result.failures) == len(result.rows):
-        raise typer.Exit(1)
+    options: dict[str, Any] = {"seeds": seeds, "jobs": jobs, "runs": runs, "data_dir": data_dir}
+    result = run_recorded(plan, folder, options, resume=resume, quiet=quiet)
+    report(result, lambda figures: _print(result, name, figures), as_json=as_json)
 
 
 def _describe(name: str, data_dir: Path | None) -> dict[str, Any]:

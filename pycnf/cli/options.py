@@ -204,6 +204,37 @@ Gradient = Annotated[
         **one_of(("backprop", "checkpoint", "adjoint")),
     ),
 ]
+TestTolerance = Annotated[
+    float | None,
+    option(
+        "--test-tolerance",
+        SOLVER,
+        "Tolerance in validation and test, rtol = atol. [default: 1e-5]",
+        **positive(),
+    ),
+]
+Jobs = Annotated[
+    int | None,
+    option(
+        "--jobs -j",
+        TRAINING,
+        "Runs at a time, each in a process with one thread. [default: one a core; one for a GPU]",
+        min=1,
+    ),
+]
+Runs = Annotated[
+    Path | None,
+    option(
+        "--runs",
+        OUTPUT,
+        "Folder for checkpoints and curves. [default: runs/ with the name of the output]",
+        metavar="DIR",
+    ),
+]
+KeepRuns = Annotated[
+    bool,
+    option("--resume/--overwrite", OUTPUT, "Keep the runs that are recorded, or make those asked for anew."),
+]
 NSteps = Annotated[
     int | None,
     option("--n-steps", SOLVER, "Number of equal steps, for fixed-step methods such as rk4.", min=1),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import signal
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, Literal, TypeVar
+
+from pycnf.workers import interrupts_ignored
 
 Task = TypeVar("Task")
 Report = Callable[[int], None]
@@ -82,7 +83,7 @@ class _Worker(Generic[Task]):
         self.pipe, theirs = context.Pipe()
         self.shared = context.RawArray("q", 2)
         self.process = context.Process(target=_serve, args=(theirs, self.shared, function), daemon=True)
-        with _interrupts_ignored():
+        with interrupts_ignored():
             self.process.start()
         theirs.close()
         self.task: Task | None = None
@@ -144,19 +145,6 @@ def _serve(pipe: Connection, shared: Any, function: Callable[[Any, Report], None
         while (task := pipe.recv()) is not None:
             function(task, report)
             pipe.send(True)
-
-
-@contextlib.contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    """Let a process that is started here ignore Ctrl-C from its first moment on."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 __all__ = ["TICK", "Event", "Report", "run_parallel"]

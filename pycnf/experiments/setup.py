@@ -113,14 +113,20 @@ class Setup:
                 features,
                 self.hidden,
                 self.blocks,
-                activation=self.activation,
-                time=self.time,
-                T=self.T,
-                divergence=self.divergence,
-                solver=self.solver(),
                 eval_divergence="exact",
-                eval_solver=self.test_solver(),
+                **self.flow_settings(),
             )
+
+    def flow_settings(self) -> dict[str, Any]:
+        """Return what every flow of the setup is built with, beside its sizes and the divergence of its tests."""
+        return {
+            "activation": self.activation,
+            "time": self.time,
+            "T": self.T,
+            "divergence": self.divergence,
+            "solver": self.solver(),
+            "eval_solver": self.test_solver(),
+        }
 
     def training(self) -> dict[str, Any]:
         """Return the options of :func:`~pycnf.training.loop.fit` that are set here, without the device."""
