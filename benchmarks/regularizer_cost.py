@@ -15,9 +15,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from roofline import counted
 from step_time import CASES, Case, Steps, trained
 from timing import add_device, interleave, parser, peak_megabytes, ratio, save
-from torch.utils.flop_counter import FlopCounterMode
 
 from pycnf.regularizers import parse_regularizers
 
@@ -39,13 +39,6 @@ SPECS = (
 ROUNDS = {"moons": 21, "power": 9, "43d": 5}
 
 
-def teraflop(work: Callable[[], object]) -> float:
-    """Return the floating-point operations of the matrix products of a piece of work, in 10^12."""
-    with FlopCounterMode(display=False) as counter:
-        work()
-    return counter.get_total_flops() / 1e12
-
-
 def measure(case: Case, rounds: int, device: torch.device) -> list[dict[str, Any]]:
     """Measure every regularizer on one case."""
     flow, draw = trained(case, device)
@@ -65,7 +58,7 @@ def measure(case: Case, rounds: int, device: torch.device) -> list[dict[str, Any
     work = {spec: step(spec) for spec in SPECS}
     seconds = interleave(work, rounds, prepare=redraw)
     flow.compiled = False  # torch counts its own products alone, and follows its own tensors
-    counts = {spec: (teraflop(work[spec]), peak_megabytes(work[spec])) for spec in SPECS}
+    counts = {spec: (counted(work[spec]) / 1e12, peak_megabytes(work[spec])) for spec in SPECS}
     rows = []
     for spec in SPECS:
         timed = ratio(seconds, "none", spec)

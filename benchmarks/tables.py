@@ -18,10 +18,12 @@ from typing import Any
 
 from pycnf.experiments import ComparisonResult
 from pycnf.experiments.bench_results import load_bench
+from pycnf.experiments.presets import list_presets
 from pycnf.records import read_json
+from pycnf.regularizers import DEFAULT
 
 ROOT = Path(__file__).resolve().parents[1]
-MARK = re.compile(r"(<!-- table: ([^\s#]+)(?:#(\w+))? -->\n)(.*?)(<!-- end table -->)", re.DOTALL)
+MARK = re.compile(r"(<!-- table: ([^\s#]+)(?:#([\w-]+))? -->\n)(.*?)(<!-- end table -->)", re.DOTALL)
 CASES = {
     "moons": "moons: 2-d, 3×64, batch 100",
     "power": "POWER: 6-d, 3×60, batch 1,000",
@@ -68,6 +70,42 @@ def benchmark(path: Path, data: str) -> str:
     columns = [c for c in table.columns if not c.startswith(("NFE backward", "last", "training", "time to"))]
     rows = [[f"`{arm}`", *line] for arm, line in zip(table.index, table[columns].to_numpy(), strict=True)]
     return markdown(["arm", *columns], rows)
+
+
+def experiments(folder: Path) -> str:
+    """Return a row for each recorded experiment: what TPR as published, the default and the best free arm change."""
+    rows = []
+    for name in list_presets():
+        if not (folder / name / "runs").is_dir():
+            continue
+        bench = load_bench(folder / name)
+        for data in bench.data:
+            plain, *arms = [line for line in bench.summary(data) if "tolerance_alone" not in line]
+            arms = [line for line in arms if line["nfe_test"].get("change") is not None]
+            free = [line for line in arms if any(line["within"].values())]
+            best = min(free, key=lambda line: line["nfe_test"]["change"], default=None)
+            by_name = {line["arm"]: line for line in arms}
+            stands = "" if data == name or name.startswith("vae-") or data == f"{name}-full" else f" (for {name})"
+            rows.append(
+                [
+                    ("VAE of " if name.startswith("vae-") else "") + data + stands,
+                    str(plain["n"]),
+                    *(change(by_name.get(arm)) for arm in ("tpr:weight=5", DEFAULT)),
+                    f"`{best['arm'].replace(DEFAULT, 'default')}`: {change(best)}" if best else "none",
+                    str(len(arms)),
+                ]
+            )
+    header = ["data", "seeds", "TPR as published", "default", "best arm within one standard error", "arms"]
+    return markdown(header, rows, 1)
+
+
+def change(line: Row | None) -> str:
+    """Write what an arm changes: the evaluations of a test, in brackets the likelihood."""
+    if line is None:
+        return "–"
+    se = line["nll"]["difference_se"]
+    text = f"{100 * line['nfe_test']['change']:+.1f} % ({line['nll']['difference']:+.3f}"
+    return (text + ("" if se is None else f" ± {se:.3f}") + ")").replace("-", "−")
 
 
 def step_time(record: Row) -> str:
@@ -211,6 +249,8 @@ TABLES: dict[str, Callable[[Row], str]] = {
 
 def table(path: Path, name: str | None = None) -> str:
     """Return a table of a record; those made on a GPU have the tables of the others."""
+    if path.is_dir():
+        return experiments(path)
     if path.name == "comparison.json":
         return comparison(path)
     if path.name == "bench.json":

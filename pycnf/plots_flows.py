@@ -195,16 +195,14 @@ def paths_figure(
         low, high = states.min(0).values, states.max(0).values
         room = 0.05 * (high - low).max()
         extent = (float(low[0] - room), float(high[0] + room), float(low[1] - room), float(high[1] + room))
-    with _over_rulers(len(flows), title) as (figure, upper, lower):
-        for i, (name, paths) in enumerate(found.items()):
-            axes, z, ends = upper[i], paths.z[:, :shown], paths.ends[:, :shown]
+    with _over_rulers(found, title, start="data") as (figure, panels):
+        for axes, (name, paths) in zip(panels, found.items(), strict=True):
+            z, ends = paths.z[:, :shown], paths.ends[:, :shown]
             axes.plot(z[..., 0], z[..., 1], color=COLORS[0], lw=0.9, alpha=0.8)
             _draw_ends(axes, paths, ends[..., 0], ends[..., 1], size=2.8)
             axes.plot(*z[0].T, "o", color=COLORS[2], ms=3.2, zorder=2.5)
             axes.set(title=name, xlabel="$z_1$", aspect="equal", xlim=extent[:2], ylim=extent[2:])
-            _draw_ruler(lower[i], paths)
-        upper[0].set_ylabel("$z_2$ (units of the data)")
-        _name_marks(figure, start="data")
+        panels[0].set_ylabel("$z_2$ (units of the data)")
     return figure
 
 
@@ -231,14 +229,12 @@ def densities_figure(
     check_flows(flows, features=2)
     images = {name: density_grid(flow, 0.0, extent, resolution) for name, flow in flows.items()}
     top = max(float(image.max()) for image in images.values())
-    with _over_rulers(len(flows), title) as (figure, upper, lower):
-        for i, (name, flow) in enumerate(flows.items()):
-            paths, axes = solve_paths(flow, x), upper[i]
+    found = {name: solve_paths(flow, x) for name, flow in flows.items()}
+    with _over_rulers(found, title) as (figure, panels):
+        for axes, (name, paths) in zip(panels, found.items(), strict=True):
             _draw_density(axes, images[name], extent, vmax=top)
             axes.set(title=f"{name}: NLL {-paths.log_prob.mean():.3f} nats", xlabel="$x_1$")
-            _draw_ruler(lower[i], paths)
-        upper[0].set_ylabel("$x_2$")
-        _name_marks(figure)
+        panels[0].set_ylabel("$x_2$")
     return figure
 
 
@@ -309,12 +305,18 @@ def _draw_density(axes: Axes, density: Tensor, extent: tuple[float, float, float
 
 
 @contextmanager
-def _over_rulers(count: int, title: str | None) -> Iterator[tuple[Figure, list[Axes], list[Axes]]]:
-    """Open a figure of panels side by side, each over a ruler of time."""
+def _over_rulers(
+    found: Mapping[str, Paths], title: str | None, *, start: str | None = None
+) -> Iterator[tuple[Figure, list[Axes]]]:
+    """Open a figure of panels side by side, each over a ruler of the steps of its flow, with a legend of the marks."""
+    count = len(found)
     with house_figure(1, title, width=0.5 + 2.9 * count, height=4.1) as (figure, (only,)):
         only.remove()
-        panels = figure.subplots(2, count, squeeze=False, height_ratios=(8, 1))
-        yield figure, list(panels[0]), list(panels[1])
+        upper, lower = figure.subplots(2, count, squeeze=False, height_ratios=(8, 1))
+        yield figure, list(upper)
+        for axes, paths in zip(lower, found.values(), strict=True):
+            _draw_ruler(axes, paths)
+        _name_marks(figure, start=start)
 
 
 def _draw_ruler(axes: Axes, paths: Paths) -> None:

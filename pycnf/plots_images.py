@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from pycnf.images.flow import ImageFlow, interpolate
 from pycnf.plots import house_figure
-from pycnf.training.evaluation import evaluation_mode
+from pycnf.scale import evaluation_mode
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

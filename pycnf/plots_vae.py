@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from pycnf.plots_images import image_grid
+from pycnf.scale import evaluation_mode
 from pycnf.training.batches import preserved_rng
-from pycnf.training.evaluation import evaluation_mode
 from pycnf.vae.model import VAE
 
 if TYPE_CHECKING:

@@ -22,6 +22,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 import at_scale  # noqa: E402
 import peer_flows  # noqa: E402
 import peers  # noqa: E402
+import regularizer_cost  # noqa: E402
 import roofline  # noqa: E402
 import scaling  # noqa: E402
 import step_time  # noqa: E402
@@ -170,6 +171,13 @@ def test_the_formula_counts_what_torch_counts(
     counted = roofline.counted(lambda: step_time.pycnf_step(flow, optimizer, x, None))
     formula = roofline.operations(case).step(stats.nfe, 6 * stats.accepted + 1)
     assert formula == pytest.approx(counted, rel=roofline.AGREE)
+
+
+def test_products_are_counted_alike_whether_they_are_added_in_place_or_not() -> None:
+    a, b, total = torch.randn(3, 4), torch.randn(4, 5), torch.zeros(3, 5)
+    assert roofline.counted(lambda: a @ b) == 2 * 3 * 4 * 5
+    assert roofline.counted(lambda: total.addmm_(a, b)) == 2 * 3 * 4 * 5
+    assert regularizer_cost.counted is roofline.counted, "one count for all tables"
 
 
 def test_a_series_ends_where_time_or_memory_would_run_out() -> None:

@@ -320,6 +320,9 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 EXCUSED = {("aria-required-children", ".citation-list")}  # docutils gives its references another role than list items
 ASKED = {"resultTypes": ["violations"], "preload": False}  # styles are in the pages; a file cannot fetch another
 UNFOLD = """() => {
+    const still = document.createElement("style");
+    still.textContent = "*, *::before, *::after { transition: none !important; animation: none !important }";
+    document.head.append(still);  // colors are checked when they have arrived
     document.querySelectorAll("article details").forEach(part => part.open = true);
     document.querySelectorAll("article .toggle-hidden").forEach(part => part.classList.remove("toggle-hidden"));
 }"""
@@ -355,6 +358,13 @@ WIDER = """() => {
         `${part.tagName.toLowerCase()}.${part.className} to ${Math.round(part.getBoundingClientRect().right)}: ` +
         part.textContent.trim().slice(0, 60)));
 }"""
+
+BEYOND = """() => {
+    const edge = document.querySelector("article").getBoundingClientRect().right + 1;
+    return [...document.querySelectorAll("article span.math")]
+        .filter(part => !part.closest("table") && part.getBoundingClientRect().right > edge)
+        .map(part => part.textContent.slice(0, 60));
+}"""  # tables may be scrolled, and formulas in lines of their own
 
 
 @pytest.fixture(scope="module")
@@ -397,6 +407,7 @@ def test_pages_in_a_browser(browser: Any, name: str, width: str, scheme: str) ->
             "formulas that are not typeset": [] if math["made"] == math["wanted"] else [math],
             "broken images": page.evaluate(BROKEN),
             "wider than the page": page.evaluate(WIDER),
+            "formulas beyond the text": page.evaluate(BEYOND),
             "scheme": [] if page.evaluate("document.documentElement.dataset.theme") == scheme else [scheme],
             "accessibility": violations(Axe().run(page, options=ASKED).response),
             "messages in the console": said,

@@ -434,7 +434,13 @@ def test_the_command_refuses_what_it_cannot_use(run: Path, tmp_path: Path) -> No
         (["--rows", tmp_path / "absent.npy"], "no file"),
         (["--densities", there], "--overwrite"),
         (["--densities", tmp_path / "p.csv"], "expected a .npy file"),
+        (["--rows", path, "--first", 3], "--rows takes a whole file"),
+        (["--probes", 3], "--probes is not for runs of kind table"),
     ):
         done = call("evaluate", run, *arguments)
         assert (done.exit_code, message in done.stderr) == (2, True), done.output
         assert "Traceback" not in done.stderr
+    done = call("sample", run, "--output", tmp_path / "a.png")
+    assert (done.exit_code, "expected a .csv or .npy file" in done.stderr) == (2, True), done.output
+    done = call("evaluate", run, "--first", 30, "--json")
+    assert json.loads(done.stdout)["rows"] == 30

@@ -22,6 +22,7 @@ from pycnf.regularizers import DEFAULT
 RECORDS = Path("../results/experiments")
 SHORT = {PLAIN: "none", "tpr:weight=5": "TPR as published", DEFAULT: "default"}
 EQUAL = ("method", "rtol", "atol", "test_rtol", "test_atol", "test_divergence", "batch_size", "test_batch_size")
+NARROW = "\u202f"  # a space where no line breaks
 METRICS = ("nll", "nfe_test", "nfe_train", "nfe_train_last_200", "nfe_backward", "seconds", "error_rms")
 
 
@@ -224,7 +225,7 @@ def plural(count: int, word: str) -> str:
 
 def percent(change: float | None) -> str:
     """Write a change."""
-    return "" if change is None else f"{100 * change:+.1f} %".replace("-", "−")
+    return "" if change is None else f"{100 * change:+.1f}{NARROW}%".replace("-", "−")
 
 
 def amount(values: Mapping[str, Any], digits: int) -> str:
@@ -232,7 +233,9 @@ def amount(values: Mapping[str, Any], digits: int) -> str:
     if values["mean"] is None:
         return "–"
     sd = values.get("sd")
-    text = f"{values['mean']:,.{digits}f}" + ("" if sd is None or not math.isfinite(sd) else f" ± {sd:,.{digits}f}")
+    text = f"{values['mean']:,.{digits}f}" + (
+        "" if sd is None or not math.isfinite(sd) else f"{NARROW}±{NARROW}{sd:,.{digits}f}"
+    )
     return text.replace("-", "−")
 
 
@@ -241,7 +244,7 @@ def difference(values: Mapping[str, Any], digits: int) -> str:
     if values.get("difference") is None:
         return ""
     se = values.get("difference_se")
-    text = f"{values['difference']:+,.{digits}f}" + ("" if se is None else f" ± {se:,.{digits}f}")
+    text = f"{values['difference']:+,.{digits}f}" + ("" if se is None else f"{NARROW}±{NARROW}{se:,.{digits}f}")
     return text.replace("-", "−")
 
 

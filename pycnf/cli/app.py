@@ -15,8 +15,10 @@ from pycnf.cli.comparing import compare
 from pycnf.cli.crosschecking import crosscheck, julia
 from pycnf.cli.datasets import data_app
 from pycnf.cli.diagnosing import diagnose
+from pycnf.cli.evaluating import evaluate
 from pycnf.cli.experimenting import experiment_app
-from pycnf.cli.running import evaluate, sample, train
+from pycnf.cli.running import train
+from pycnf.cli.sampling import sample
 from pycnf.experiments.runs import FAILURES
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130

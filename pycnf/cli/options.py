@@ -118,6 +118,10 @@ Split = Annotated[
     str,
     option("--split", WHAT, "Rows to use: test, validation or train.", **one_of(("test", "validation", "train"))),
 ]
+Workers = Annotated[int, option("--workers", SOLVER, "Processes that share the work, one thread each.", min=1)]
+Standard = Annotated[
+    bool, option("--standardized", WHAT, "The rows are in the flow's own units instead of those of the data.")
+]
 Seeds = Annotated[
     str,
     option(

@@ -10,7 +10,7 @@ from torch import Tensor
 from pycnf.diagnostics.steps import LocalErrors
 from pycnf.diagnostics.truth import exact_divergence
 from pycnf.flow import CNF
-from pycnf.training.evaluation import evaluation_mode
+from pycnf.scale import evaluation_mode
 
 
 @dataclass(frozen=True)

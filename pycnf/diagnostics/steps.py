@@ -19,10 +19,10 @@ from torch import Tensor
 
 from pycnf.diagnostics.truth import carry, exact_divergence, in_float64
 from pycnf.flow import CNF
+from pycnf.scale import evaluation_mode
 from pycnf.solution import SolveStats
 from pycnf.solve import METHODS, Solver
 from pycnf.stepper import Attempt
-from pycnf.training.evaluation import evaluation_mode
 
 Error = Literal["estimate", "true"]
 COUNTS = 0.01

@@ -24,5 +24,7 @@ from pycnf.experiments.setup import read_hidden as read_hidden
 from pycnf.experiments.setup import setup_for as setup_for
 from pycnf.experiments.sweep import nfe_at_error as nfe_at_error
 from pycnf.experiments.sweep import sweep_tolerances as sweep_tolerances
+from pycnf.experiments.trained import TrainedRun as TrainedRun
+from pycnf.experiments.trained import reopen as reopen
 from pycnf.experiments.workloads import Tables as Tables
 from pycnf.experiments.workloads import Workload as Workload

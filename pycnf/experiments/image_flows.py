@@ -20,7 +20,7 @@ from pycnf.experiments.setup import Setup
 from pycnf.experiments.sweep import Solved, sweep
 from pycnf.experiments.workloads import Row, Settings, Workload, check_batches, divergence_for, seeded, test_row
 from pycnf.flow import FlowSolution
-from pycnf.images.flow import ImageFlow
+from pycnf.images.flow import Dequantization, ImageFlow
 from pycnf.images.pieces import bits_per_dim
 from pycnf.images.sets import ImageSet
 from pycnf.scale import log_prob
@@ -49,6 +49,7 @@ class Images(Workload):
     Attributes:
         shrink: Factor by which height and width are divided.
         scales: Number of scales, None for as many as the images allow.
+        dequantization: Noise of the levels, "uniform" or "variational" (:class:`~pycnf.images.flow.ImageFlow`).
         warmup: Training steps in which the learning rate rises linearly.
         probes: Probes of the divergence in one solve of the test.
         repeats: Solves of the test, each with noise of its own.
@@ -69,11 +70,22 @@ class Images(Workload):
 
     shrink: int = 1
     scales: int | None = None
+    dequantization: Dequantization = "uniform"
     warmup: int = 0
     probes: int = 10
     repeats: int = 4
     validation_rows: int | None = None
     test_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.dequantization not in ("uniform", "variational"):
+            raise ValueError(f"unknown dequantization {self.dequantization!r}: choose uniform or variational")
+
+    def describe(self) -> Row:
+        found = super().describe()
+        if self.dequantization == "uniform":
+            del found["workload"]["dequantization"]  # what a record without an entry has
+        return found
 
     def present(self, name: str, data_dir: Path | None) -> bool:
         return images.describe(name, data_dir).present
@@ -98,6 +110,7 @@ class Images(Workload):
                 setup.hidden,
                 setup.blocks,
                 scales=self.scales,
+                dequantization=self.dequantization,
                 eval_divergence=divergence_for(data.features, 1),
                 **setup.flow_settings(),
             ),
@@ -153,6 +166,9 @@ class Images(Workload):
             return torch.cat([solution.log_prob for solution in found]), stats, len(found)
 
         return sweep(solve, model.eval_solver, tolerances, tight(solve, tolerances), len(x))
+
+    def card(self, data: ImageSet) -> Row:
+        return super().card(data) | self.describe()
 
     def figures(self, model: ImageFlow, data: ImageSet) -> dict[str, Figure]:
         from pycnf.plots_images import sample_grid

@@ -1,5 +1,6 @@
 """Images: the multiscale flow, its pieces, and the sets of images."""
 
+from pycnf.images.dequantization import VariationalNoise as VariationalNoise
 from pycnf.images.flow import ImageDistribution as ImageDistribution
 from pycnf.images.flow import ImageFlow as ImageFlow
 from pycnf.images.flow import ImageSolution as ImageSolution

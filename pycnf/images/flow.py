@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -22,12 +22,14 @@ from pycnf.convolution import ConvNet
 from pycnf.divergence import Divergence
 from pycnf.fields import TimeConditioning
 from pycnf.flow import CNF, FlowDistribution, FlowObserver, FlowSolution, standard_normal_log_prob
+from pycnf.images.dequantization import VariationalNoise
 from pycnf.images.pieces import Logit, dequantize
 from pycnf.images.stages import decode, encode, plan
 from pycnf.solution import Solution
 from pycnf.solve import Solver
 
-Dequantization = Literal["uniform", "none"]
+Dequantization = Literal["uniform", "variational", "none"]
+DEQUANTIZATIONS = get_args(Dequantization)
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,13 @@ class ImageSolution(FlowSolution):
         start: States at the start, ``(*batch, D)``: levels with their noise, or with ``reverse`` the latent.
         end: States at the end, ``(*batch, D)``: the latent, or with ``reverse`` continuous levels.
         volume: log|det| of the fixed pieces in the direction of the solve, ``(*batch,)``.
+        log_q: Log-density of the noise, given the levels, that the solve drew, ``(*batch,)``; 0 for uniform noise.
     """
 
     start: Tensor
     end: Tensor
     volume: Tensor
+    log_q: Tensor
 
     @property
     def z(self) -> Tensor:
@@ -56,10 +60,10 @@ class ImageSolution(FlowSolution):
 
     @property
     def log_prob(self) -> Tensor:
-        """Log-density of the continuous levels, in nats, shape ``(*batch,)``."""
+        """Log-density of the continuous levels less that of their noise, in nats, shape ``(*batch,)``."""
         if self.reverse:
             return standard_normal_log_prob(self.start) + self.logp
-        return standard_normal_log_prob(self.end) - self.logp
+        return standard_normal_log_prob(self.end) - self.logp - self.log_q
 
 
 class ImageFlow(CNF):
@@ -79,7 +83,9 @@ class ImageFlow(CNF):
         context: Dimension of a context c, for a conditional density p(x | c); 0 for none.
         levels: Number of levels of a pixel.
         alpha: Margin of the logits (:class:`~pycnf.images.pieces.Logit`).
-        dequantization: ``"uniform"`` noise, or ``"none"`` for a density of continuous values in [0, ``levels``].
+        dequantization: ``"uniform"`` noise, ``"variational"`` for noise that is learned along with the flow
+            (:class:`~pycnf.images.dequantization.VariationalNoise`, with the hidden channels, the kernel and the
+            activation of the fields), or ``"none"`` for a density of continuous values in [0, ``levels``].
         kernel: Height and width of the convolutions' kernels, odd.
         activation: Activation of the fields.
         time: Time conditioning of the fields.
@@ -125,8 +131,8 @@ class ImageFlow(CNF):
             raise ValueError(f"expected an image shape (channels, height, width), each >= 1, got {tuple(shape)}")
         if depth < 1:
             raise ValueError(f"expected depth >= 1, got {depth}")
-        if dequantization not in ("uniform", "none"):
-            raise ValueError(f"unknown dequantization {dequantization!r}: choose one of uniform, none")
+        if dequantization not in DEQUANTIZATIONS:
+            raise ValueError(f"unknown dequantization {dequantization!r}: choose one of {', '.join(DEQUANTIZATIONS)}")
         channels, height, width = shape
         look: dict[str, Any] = {"kernel": kernel, "activation": activation, "time": time}
         stages = plan((channels, height, width), scales)
@@ -145,6 +151,9 @@ class ImageFlow(CNF):
         self.shape = (channels, height, width)
         self.depth, self.stages, self.dequantization = depth, stages, dequantization
         self.logit = Logit(levels, alpha)
+        self.noise: VariationalNoise | None = None
+        if dequantization == "variational":
+            self.noise = VariationalNoise(self.shape, hidden, levels=levels, kernel=kernel, activation=activation)
         self._look = {"hidden": list(hidden), "scales": sum(stage.then != "split" for stage in stages), **look}
         # flows over the same fields, one a stage: in a tuple, so that a field is registered once
         self._chains = tuple(CNF(own[0].features, blocks=depth, context=context, field=own, T=T) for own in fields)
@@ -212,28 +221,33 @@ class ImageFlow(CNF):
             return solution.z
 
         if reverse:
-            start = x
+            start, log_q = x, torch.zeros_like(x[..., 0])
             end, volume = self.logit.inverse(decode(self.stages, x, move))
         else:
-            start = self._continuous(x)
+            start, log_q = self._continuous(x)
             y, volume = self.logit.forward(start)
             end = encode(self.stages, y, move)
-        return ImageSolution(tuple(blocks), reverse, start, end, volume)
+        return ImageSolution(tuple(blocks), reverse, start, end, volume, log_q)
 
     def quantize(self, x: Tensor) -> Tensor:
         """Return the whole levels, 0 to ``levels`` - 1, of continuous ones."""
         return x.floor().clamp(0, self.logit.levels - 1)
 
-    def _continuous(self, x: Tensor) -> Tensor:
-        """Check levels and add the noise."""
-        highest = self.logit.levels - (self.dequantization == "uniform")
+    def _continuous(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Check levels and add the noise; return its log-density, too."""
+        highest = self.logit.levels - (self.dequantization != "none")
         low, high = float(x.detach().min()), float(x.detach().max())
         if low < 0 or high > highest:
             raise ValueError(
                 f"expected levels from 0 to {highest}, got values from {low:g} to {high:g}: scale the images, or build "
                 "the flow with levels=... for another number of levels"
             )
-        return dequantize(x) if self.dequantization == "uniform" else x
+        if self.dequantization == "variational":
+            if self.noise is None:
+                raise ValueError("this flow has no noise to learn: build it with dequantization='variational'")
+            u, log_q = self.noise(x)
+            return dequantize(x, u), log_q
+        return dequantize(x) if self.dequantization == "uniform" else x, torch.zeros_like(x[..., 0])
 
 
 class ImageDistribution(FlowDistribution):
@@ -250,7 +264,7 @@ class ImageDistribution(FlowDistribution):
         """Draw images, ``(*sample_shape, *batch, D)``; continuous ones from a flow without dequantization."""
         with torch.no_grad():
             x = self.rsample(sample_shape)
-            return self.flow.quantize(x) if self.flow.dequantization == "uniform" else x
+            return x if self.flow.dequantization == "none" else self.flow.quantize(x)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> ImageDistribution:
         """Repeat the density over a larger batch shape."""

@@ -18,14 +18,16 @@ from torch.nn import functional as F
 Number = TypeVar("Number", float, Tensor)
 
 
-def dequantize(x: Tensor) -> Tensor:
-    r"""Add uniform noise u from [0, 1) to levels, which makes them continuous.
+def dequantize(x: Tensor, u: Tensor | None = None) -> Tensor:
+    r"""Add noise u from [0, 1) to levels, which makes them continuous.
 
     With p the density of x + u the probability of a level is P(x) = int p(x + u) du, so that log p(x + u) is on average
-    over u a lower bound of log P(x).
+    over uniform u a lower bound of log P(x). (For other noise see
+    :class:`~pycnf.images.dequantization.VariationalNoise`.)
 
     Args:
         x: Levels of any shape, whole numbers of a floating-point type.
+        u: Noise like x; None draws it uniformly.
 
     Returns:
         x + u, shaped like x.
@@ -45,7 +47,8 @@ def dequantize(x: Tensor) -> Tensor:
             "expected whole levels, which noise makes continuous, got values between them: round them, or build the "
             "flow with dequantization='none' for a density of continuous values"
         )
-    return torch.minimum(x + torch.rand_like(x), torch.nextafter(x + 1, x))  # a sum must not round up to the next level
+    u = torch.rand_like(x) if u is None else u
+    return torch.minimum(x + u, torch.nextafter(x + 1, x))  # a sum must not round up to the next level
 
 
 def bits_per_dim(nats: Number, features: int) -> Number:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from pycnf.flow import CNF
 from pycnf.scale import Batched, Order, log_prob
-from pycnf.scale import evaluation_mode as evaluation_mode
 from pycnf.solve import Solver
 
 

@@ -12,9 +12,10 @@ from torch import Tensor
 from pycnf.flow import standard_normal_log_prob
 from pycnf.images.pieces import bits_per_dim
 from pycnf.objective import Objective
+from pycnf.scale import evaluation_mode
 from pycnf.solution import SolveStats
 from pycnf.training.batches import preserved_rng, seed_all
-from pycnf.training.evaluation import Evaluation, evaluation_mode
+from pycnf.training.evaluation import Evaluation
 from pycnf.vae.model import VAE
 from pycnf.vae.posteriors import PLAIN, Draw, SolvePlan
 
