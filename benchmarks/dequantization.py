@@ -42,7 +42,7 @@ def main() -> None:
     """Train all and print them."""
     options = parser(__doc__, "dequantization")
     options.add_argument("--name", default="mnist", help="the experiment")
-    options.add_argument("--seeds", type=int, default=2, help="number of seeds")
+    options.add_argument("--seeds", type=int, default=1, help="number of seeds")
     args = options.parse_args()
     torch.set_num_threads(args.threads)
     seeds, steps = (1, 3) if args.quick else (args.seeds, None)

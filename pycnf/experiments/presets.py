@@ -31,15 +31,20 @@ class Preset:
     fetch: str | None
     budgets: Mapping[str, Mapping[str, Any]]
 
-    def settings(self, budget: str) -> dict[str, Any]:
-        """Return the settings of a budget.
+    def settings(self, budget: str, data: str | None = None) -> dict[str, Any]:
+        """Return the settings of a budget, on one of its sets if it has settings of its own.
 
         Raises:
             ValueError: On an unknown budget.
+
+        >>> [list_presets()["power"].settings("small", data)["max_steps"] for data in ("power-full", "power")]
+        [4000, 1000]
         """
         if budget not in self.budgets:
             raise ValueError(f"unknown budget {budget!r}: choose {' or '.join(BUDGETS)}")
-        return dict(self.budgets[budget])
+        values = dict(self.budgets[budget])
+        own = values.pop("on", {})
+        return values | own.get(data, {})
 
     def data(self, budget: str) -> tuple[str, ...]:
         """Return the sets that a budget can be run on, the preferred one first."""

@@ -99,9 +99,10 @@ def plan_experiment(
     (('none', 'error'), 5)
     """
     preset = get_preset(name)
-    values = preset.settings(budget) | {key: value for key, value in settings.items() if value is not None}
-    values.pop("data", None)
     kind, parts = KINDS[preset.kind], dict[type, dict[str, Any]]()
+    data = find_data(preset, budget, kind(), data_dir)
+    values = preset.settings(budget, data) | {key: value for key, value in settings.items() if value is not None}
+    values.pop("data", None)
     for of in (Budget, Setup, kind):
         known = {field.name for field in dataclasses.fields(of)}
         parts[of] = {key: _frozen(values.pop(key)) for key in [*values] if key in known}
@@ -111,7 +112,6 @@ def plan_experiment(
     own = parts[Budget]
     if regularizers is not None:
         own["regularizers"] = _arms(regularizers)
-    data = find_data(preset, budget, work, data_dir)
     return Budget(
         name=f"{name}-{budget}", about=preset.about, data={data: parts[Setup]}, work=work, figures=True, **own
     )

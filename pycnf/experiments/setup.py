@@ -147,8 +147,8 @@ def _by_data() -> dict[str, dict[str, Any]]:
     for budget in BUDGETS:  # the paper's settings come last, and go first
         for preset in list_presets().values():
             if preset.kind == "table":
-                own = {name: value for name, value in preset.settings(budget).items() if name in known}
-                found |= dict.fromkeys(preset.data(budget), own)
+                for data in preset.data(budget):
+                    found[data] = {k: v for k, v in preset.settings(budget, data).items() if k in known}
     return found
 
 
