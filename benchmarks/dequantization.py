@@ -14,8 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-from timing import parser, save
+from timing import add_experiment, parser, save, trainings
 
 from pycnf.experiments import plan_experiment, train_and_test
 
@@ -41,11 +40,9 @@ def run(name: str, kind: str, seed: int, max_steps: int | None) -> dict[str, Any
 def main() -> None:
     """Train all and print them."""
     options = parser(__doc__, "dequantization")
-    options.add_argument("--name", default="mnist", help="the experiment")
-    options.add_argument("--seeds", type=int, default=1, help="number of seeds")
+    add_experiment(options, "mnist", 1)
     args = options.parse_args()
-    torch.set_num_threads(args.threads)
-    seeds, steps = (1, 3) if args.quick else (args.seeds, None)
+    seeds, steps = trainings(args)
     rows = []
     for seed in range(seeds):
         for kind in KINDS:

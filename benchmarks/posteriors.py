@@ -15,7 +15,7 @@ import sys
 from typing import Any
 
 import torch
-from timing import parser, save
+from timing import add_experiment, parser, save, trainings
 
 from pycnf.experiments.autoencoders import AutoEncoders
 from pycnf.experiments.reproduction import plan_experiment
@@ -71,11 +71,9 @@ def run(name: str, posterior: str, seed: int, max_steps: int | None) -> dict[str
 def main() -> None:
     """Train all and print them."""
     options = parser(__doc__, "posteriors")
-    options.add_argument("--name", default="vae-caltech", help="the experiment")
-    options.add_argument("--seeds", type=int, default=3, help="number of seeds")
+    add_experiment(options, "vae-caltech", 3)
     args = options.parse_args()
-    torch.set_num_threads(args.threads)
-    seeds, steps = (1, 3) if args.quick else (args.seeds, None)
+    seeds, steps = trainings(args)
     rows = []
     for posterior in POSTERIORS:
         found = [run(args.name, posterior, seed, steps) for seed in range(seeds)]

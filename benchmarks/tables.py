@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pycnf.experiments import ComparisonResult
-from pycnf.experiments.bench_results import load_bench
+from pycnf.experiments.bench_results import load_bench, write_change, write_difference
 from pycnf.experiments.presets import list_presets
 from pycnf.records import read_json
 from pycnf.regularizers import DEFAULT
@@ -75,7 +75,7 @@ def benchmark(path: Path, data: str) -> str:
 def experiments(folder: Path) -> str:
     """Return a row for each recorded experiment: what TPR as published, the default and the best free arm change."""
     rows = []
-    for name in list_presets():
+    for name, preset in list_presets().items():
         if not (folder / name / "runs").is_dir():
             continue
         bench = load_bench(folder / name)
@@ -85,10 +85,10 @@ def experiments(folder: Path) -> str:
             free = [line for line in arms if any(line["within"].values())]
             best = min(free, key=lambda line: line["nfe_test"]["change"], default=None)
             by_name = {line["arm"]: line for line in arms}
-            stands = "" if data == name or name.startswith("vae-") or data == f"{name}-full" else f" (for {name})"
+            stands_for = preset.substituted(data)
             rows.append(
                 [
-                    ("VAE of " if name.startswith("vae-") else "") + data + stands,
+                    ("VAE of " if preset.kind == "vae" else "") + data + (f" (for {stands_for})" if stands_for else ""),
                     str(plain["n"]),
                     *(change(by_name.get(arm)) for arm in ("tpr:weight=5", DEFAULT)),
                     f"`{best['arm'].replace(DEFAULT, 'default')}`: {change(best)}" if best else "none",
@@ -103,9 +103,7 @@ def change(line: Row | None) -> str:
     """Write what an arm changes: the evaluations of a test, in brackets the likelihood."""
     if line is None:
         return "–"
-    se = line["nll"]["difference_se"]
-    text = f"{100 * line['nfe_test']['change']:+.1f} % ({line['nll']['difference']:+.3f}"
-    return (text + ("" if se is None else f" ± {se:.3f}") + ")").replace("-", "−")
+    return f"{write_change(line['nfe_test'])} ({write_difference(line['nll'])})".replace("-", "−")
 
 
 def step_time(record: Row) -> str:

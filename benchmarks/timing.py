@@ -131,6 +131,18 @@ def add_device(made: argparse.ArgumentParser) -> None:
     made.add_argument("--device", type=device, default=torch.device("cpu"), help="cpu, or cuda for a GPU")
 
 
+def add_experiment(made: argparse.ArgumentParser, name: str, seeds: int) -> None:
+    """Add the options of benchmarks that train an experiment."""
+    made.add_argument("--name", default=name, help="the experiment")
+    made.add_argument("--seeds", type=int, default=seeds, help="number of seeds")
+
+
+def trainings(args: argparse.Namespace) -> tuple[int, int | None]:
+    """Return the number of seeds, and the training steps where they are not the experiment's, and set the threads."""
+    torch.set_num_threads(args.threads)
+    return (1, 3) if args.quick else (args.seeds, None)
+
+
 def device(name: str) -> torch.device:
     """Return the device of this name.
 

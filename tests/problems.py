@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -286,3 +287,13 @@ def start_julia() -> None:
         if os.environ.get("PYCNF_REQUIRE_JULIA") == "1":
             raise
         pytest.skip(str(err))
+
+
+def write_pictures(folder: Path, rng: np.random.Generator) -> None:
+    """Write files of MNIST and of the Frey Faces in their exact formats, small and with random content."""
+    digits = {
+        name: rng.integers(0, 256, (rows, 28, 28), dtype=np.uint8) for name, rows in (("train", 60), ("test", 20))
+    }
+    labels = {f"{name}_labels": np.zeros(len(x), dtype=np.int64) for name, x in digits.items()}
+    np.savez(folder / "mnist.npz", **digits, **labels)
+    np.savez(folder / "freyfaces.npz", images=rng.integers(0, 256, (100, 28, 20), dtype=np.uint8))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from problems import write_pictures
 from typer.testing import CliRunner
 
 from pycnf.cli import app
@@ -64,12 +65,7 @@ QUICK = ["--max-steps", "2", "--seeds", "1", "--jobs", "1", "--device", "cpu"]
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Files of the exact formats, with random content."""
     folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
-    digits = {
-        name: rng.integers(0, 256, (rows, 28, 28), dtype=np.uint8) for name, rows in (("train", 60), ("test", 20))
-    }
-    labels = {f"{name}_labels": np.zeros(len(x), dtype=np.int64) for name, x in digits.items()}
-    np.savez(folder / "mnist.npz", **digits, **labels)
-    np.savez(folder / "freyfaces.npz", images=rng.integers(0, 256, (100, 28, 20), dtype=np.uint8))
+    write_pictures(folder, rng)
     np.savez(folder / "gas_drift16.npz", x=rng.standard_normal((200, 16)).astype(np.float32))
     return folder
 

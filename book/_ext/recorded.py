@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from pycnf.experiments.bench_results import PLAIN, BenchResult, load_bench
+from pycnf.experiments.bench_results import PLAIN, BenchResult, load_bench, write_within
 from pycnf.experiments.presets import get_preset, list_presets
 from pycnf.regularizers import DEFAULT
 
@@ -60,8 +60,7 @@ class Recorded:
         """The set that these data stand in for; None where they are what the experiment is named after."""
         if self.name not in list_presets():
             return None
-        wanted = get_preset(self.name).data("small")
-        return wanted[0] if self.data in wanted[1:] else None
+        return get_preset(self.name).substituted(self.data)
 
     @property
     def arms(self) -> list[dict[str, Any]]:
@@ -208,6 +207,11 @@ def overview(sets: Sequence[Recorded]) -> pd.DataFrame:
     return pd.DataFrame(lines).set_index(["set", "arm"]) if lines else pd.DataFrame()
 
 
+def lines_of(bench: BenchResult, data: str) -> dict[str, dict[str, Any]]:
+    """Return the lines of a summary by arm; a summary resamples its runs, so it is made once."""
+    return {line["arm"]: line for line in bench.summary(data)}
+
+
 def short(arm: str) -> str:
     """Return an arm's name for a head of a table, which can be broken into lines."""
     return SHORT.get(arm, arm.replace(",", ", "))
@@ -250,11 +254,7 @@ def difference(values: Mapping[str, Any], digits: int) -> str:
 
 def within(line: Mapping[str, Any]) -> str:
     """Say by which standard errors an arm is not worse than the plain one."""
-    found = line.get("within", {})
-    if not found or None in found.values():
-        return "–"
-    holds = [name for name, value in found.items() if value]
-    return "no" if not holds else "yes" if len(holds) == len(found) else holds[0]
+    return write_within(line.get("within", {}))
 
 
 def write(value: float) -> str:
@@ -264,4 +264,4 @@ def write(value: float) -> str:
     return f"10{raised}" if mantissa == "1" else f"{mantissa} · 10{raised}"
 
 
-__all__ = ["RECORDS", "Recorded", "overview", "recorded"]
+__all__ = ["RECORDS", "Recorded", "lines_of", "overview", "recorded"]

@@ -47,14 +47,8 @@ def diagnose(
         str | None,
         o.option("--method", o.SOLVER, "Adaptive method to look at. [default: the run's]", **o.one_of(ADAPTIVE)),
     ] = None,
-    rtol: Annotated[
-        float | None,
-        o.option("--rtol", o.SOLVER, "Relative tolerance. [default: the run's in test]", **o.positive()),
-    ] = None,
-    atol: Annotated[
-        float | None,
-        o.option("--atol", o.SOLVER, "Absolute tolerance. [default: the run's in test]", **o.positive()),
-    ] = None,
+    rtol: o.RunRtol = None,
+    atol: o.RunAtol = None,
     methods: Annotated[
         str | None,
         o.option(

@@ -62,14 +62,8 @@ def evaluate(
         str | None,
         o.option("--method", o.SOLVER, "Solver method. [default: that of the run]", **o.one_of(METHODS)),
     ] = None,
-    rtol: Annotated[
-        float | None,
-        o.option("--rtol", o.SOLVER, "Relative tolerance. [default: the run's in test]", **o.positive()),
-    ] = None,
-    atol: Annotated[
-        float | None,
-        o.option("--atol", o.SOLVER, "Absolute tolerance. [default: the run's in test]", **o.positive()),
-    ] = None,
+    rtol: o.RunRtol = None,
+    atol: o.RunAtol = None,
     n_steps: o.NSteps = None,
     max_nfe: o.MaxNfe = None,
     divergence: Annotated[

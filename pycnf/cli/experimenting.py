@@ -153,8 +153,8 @@ def _describe(name: str, data_dir: Path | None) -> dict[str, Any]:
 
 def _name_data(name: str, budget: str, data: str) -> str:
     """Name the set, and say where it stands in for another."""
-    wanted = get_preset(name).data(budget)[0]
-    return data if data == wanted else f"{data}, which stands in for {wanted} and is not {wanted}"
+    wanted = get_preset(name).substituted(data, budget)
+    return data if wanted is None else f"{data}, which stands in for {wanted} and is not {wanted}"
 
 
 def measures_table(result: BenchResult, data: str, measures: Mapping[str, str]) -> Table:

@@ -198,6 +198,14 @@ TestAtol = Annotated[
     float | None,
     option("--test-atol", SOLVER, "Absolute tolerance in validation and test. [default: 1e-5]", **positive()),
 ]
+RunRtol = Annotated[
+    float | None,
+    option("--rtol", SOLVER, "Relative tolerance. [default: the run's in test]", **positive()),
+]
+RunAtol = Annotated[
+    float | None,
+    option("--atol", SOLVER, "Absolute tolerance. [default: the run's in test]", **positive()),
+]
 Gradient = Annotated[
     str | None,
     option(

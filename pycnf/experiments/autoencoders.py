@@ -168,9 +168,6 @@ class AutoEncoders(Workload):
 
         return sweep(solve, setup.test_solver(), tolerances, tight(solve, tolerances), len(x))
 
-    def card(self, data: PictureSet) -> Row:
-        return super().card(data) | self.describe()
-
     def figures(self, model: VAE, data: PictureSet) -> dict[str, Figure]:
         from pycnf.plots_vae import reconstruction_grid, sample_grid
 

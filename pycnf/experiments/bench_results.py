@@ -324,8 +324,8 @@ def _cells(line: Row, error: float, seeds: int) -> dict[str, str]:
     cells = {
         "n": f"{line['n']}" if line["n"] == seeds else f"{line['n']} of {seeds}",
         "held-out NLL (nats)": _likelihood(line["nll"], alone),
-        "within 1 SE": _within(line.get("within", {})),
-        "NFE test": _change(line["nfe_test"]) if alone else _amount(line["nfe_test"]),
+        "within 1 SE": write_within(line.get("within", {})),
+        "NFE test": write_change(line["nfe_test"]) if alone else _amount(line["nfe_test"]),
         "NFE train": _amount(line["nfe_train"]),
         "last 200": _amount(line["nfe_train_last_200"], change=False),
         "NFE backward": _amount(line["nfe_backward"], change=False),
@@ -343,12 +343,18 @@ def _likelihood(nll: Mapping[str, Any], alone: bool) -> str:
     mean = f"{nll['mean']:.3f}"
     if nll.get("difference") is None:
         return mean + ("" if nll["se"] is None else f" ± {nll['se']:.3f}")
-    se = "" if nll["difference_se"] is None else f" ± {nll['difference_se']:.3f}"
-    difference = f"{nll['difference']:+.3f}{se}"
+    difference = write_difference(nll)
     return difference if alone else f"{mean} ({difference})"
 
 
-def _within(found: Mapping[str, bool | None]) -> str:
+def write_difference(values: Mapping[str, Any]) -> str:
+    """Write a mean paired difference with its standard error, where there is one."""
+    se = "" if values["difference_se"] is None else f" ± {values['difference_se']:.3f}"
+    return f"{values['difference']:+.3f}{se}"
+
+
+def write_within(found: Mapping[str, bool | None]) -> str:
+    """Write by which standard errors an arm is not worse than the plain one: "yes" for both, "no", or the only one."""
     holds = [name for name, value in found.items() if value]
     if None in found.values() or not found:
         return "–"
@@ -359,10 +365,11 @@ def _amount(values: Mapping[str, Any], *, change: bool = True) -> str:
     if values["mean"] is None:
         return "–"
     text = f"{values['mean']:.1f}"
-    return f"{text} ({_change(values)})" if change and values.get("change") is not None else text
+    return f"{text} ({write_change(values)})" if change and values.get("change") is not None else text
 
 
-def _change(values: Mapping[str, Any]) -> str:
+def write_change(values: Mapping[str, Any]) -> str:
+    """Write a change in per cent."""
     return "–" if values["change"] is None else f"{values['change']:+.1%}".replace("%", " %")
 
 
@@ -393,4 +400,5 @@ def _flat(configuration: Mapping[str, Any]) -> dict[str, Any]:
 __all__ = [
     *("BENCH", "ERROR", "PLAIN", "RUNS", "BenchResult"),
     *("check_protocol", "family", "load_bench", "reach", "weights"),
+    *("write_change", "write_difference", "write_within"),
 ]

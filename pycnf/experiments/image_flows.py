@@ -167,9 +167,6 @@ class Images(Workload):
 
         return sweep(solve, model.eval_solver, tolerances, tight(solve, tolerances), len(x))
 
-    def card(self, data: ImageSet) -> Row:
-        return super().card(data) | self.describe()
-
     def figures(self, model: ImageFlow, data: ImageSet) -> dict[str, Figure]:
         from pycnf.plots_images import sample_grid
 

@@ -51,6 +51,15 @@ class Preset:
         named = self.settings(budget).get("data", self.name)
         return (named,) if isinstance(named, str) else tuple(named)
 
+    def substituted(self, data: str, budget: str = "small") -> str | None:
+        """Return the set that one of a budget's sets stands in for, None for the preferred one.
+
+        >>> [list_presets()["gas"].substituted(data) for data in ("gas", "gas-drift")]
+        [None, 'gas']
+        """
+        preferred, *others = self.data(budget)
+        return preferred if data in others else None
+
 
 @functools.cache
 def list_presets() -> Mapping[str, Preset]:

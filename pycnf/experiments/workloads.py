@@ -93,9 +93,9 @@ class Workload(abc.ABC):
         return {}
 
     def card(self, data: Any) -> Row:
-        """Return where the data come from, and what turns samples back into their units."""
-        shown = ("name", "source", "notes")
-        return {name: getattr(data, name) for name in shown} | {"columns": [], "shift": [0.0], "scale": [1.0]}
+        """Return where the data come from, what turns samples back into their units, and what the workload is."""
+        shown = {name: getattr(data, name) for name in ("name", "source", "notes")}
+        return shown | {"columns": [], "shift": [0.0], "scale": [1.0]} | self.describe()
 
 
 @dataclass(frozen=True, kw_only=True)
