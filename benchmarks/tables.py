@@ -166,6 +166,23 @@ def peers(record: Row) -> str:
     return markdown(header, rows, 3) + machine(record).rstrip(".\n") + f"; {used}.\n"
 
 
+def peers_summary(record: Row) -> str:
+    """Return the times of other libraries over that of pycnf, a row for each kind of work."""
+    rows, libraries = dict[tuple[str, str], dict[str, Row]](), dict[str, None]()
+    for row in record["rows"]:
+        rows.setdefault((CASES[row["case"]], f"{row['work']}, tolerance {row['tolerance']:g}"), {})[row["against"]] = (
+            row
+        )
+        libraries.setdefault(row["against"])
+    others = [name for name in libraries if name != "pycnf"]
+    lines = [
+        [*work, f"{found['pycnf']['ms']:,.1f}", *(spread(found[name]) if name in found else "–" for name in others)]
+        for work, found in rows.items()
+    ]
+    header = ["work", "what", "pycnf (ms)", *(f"{name}, over pycnf" for name in others)]
+    return markdown(header, lines, 2) + machine(record)
+
+
 def roofline(record: Row) -> str:
     """Return the table of operations a second."""
     rows = [
@@ -238,6 +255,7 @@ TABLES: dict[str, Callable[[Row], str]] = {
     "step_time": step_time,
     "step_time#engines": engines,
     "peers": peers,
+    "peers#summary": peers_summary,
     "roofline": roofline,
     "at_scale": at_scale,
     "ordering": ordering,

@@ -136,7 +136,7 @@ def test_every_record_can_be_made_again() -> None:
 
 def test_records_are_made_again_beside_the_old_ones() -> None:
     words, taken = tool("rerun").runnable("pycnf compare --data power", ROOT / "results" / "power" / "comparison.json")
-    assert " ".join(words[1:]) == "-m pycnf.cli compare --data power --overwrite --output runs/rerun-power"
+    assert " ".join(words[1:]) == "-m pycnf compare --data power --overwrite --output runs/rerun-power"
     assert taken == Path("runs/rerun-power")
     with pytest.raises(ValueError, match="neither a pycnf command"):
         tool("rerun").runnable("rm -r results", ROOT / "results" / "power" / "comparison.json")

@@ -271,7 +271,7 @@ def test_version_and_help() -> None:
 
 
 def command(*arguments: Any) -> list[str]:
-    return [sys.executable, "-m", "pycnf.cli", *(str(a) for a in arguments)]
+    return [sys.executable, "-m", "pycnf", *(str(a) for a in arguments)]
 
 
 def test_the_command_shows_something_within_ten_seconds(tmp_path: Path) -> None:

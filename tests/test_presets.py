@@ -20,6 +20,7 @@ from pycnf.divergence import Exact
 from pycnf.experiments import (
     AutoEncoders,
     BenchResult,
+    Budget,
     Images,
     Setup,
     get_preset,
@@ -31,6 +32,7 @@ from pycnf.experiments import (
 from pycnf.experiments.image_flows import noise_error
 from pycnf.experiments.presets import BUDGETS
 from pycnf.experiments.reproduction import KINDS
+from pycnf.experiments.settings import check_settings, read_settings, settable
 from pycnf.experiments.sweep import Solved, sweep
 from pycnf.experiments.workloads import EXACT, divergence_for
 from pycnf.images import ImageSet
@@ -177,6 +179,13 @@ def test_small_auto_encoders_are_small(name: str, shape: tuple[int, int]) -> Non
         (lambda: plan_experiment("moons", shrink=2), "unknown setting 'shrink' of moons"),
         (lambda: run_experiment("moons", regularizers="mystery"), "unknown regularizer 'mystery'"),
         (lambda: run_experiment("moons", rtol=-1.0), "rtol > 0"),
+        (lambda: plan_experiment("moons", lr="fast"), "lr of moons: expected a number, got 'fast'"),
+        (lambda: plan_experiment("moons", blocks=1.5), "blocks of moons: expected a whole number, got 1.5"),
+        (lambda: plan_experiment("moons", warm_start=1), "warm_start of moons: expected true or false, got 1"),
+        (lambda: plan_experiment("moons", hidden=64), r"hidden of moons: expected a list such as \[64, 64\], got 64"),
+        (lambda: plan_experiment("moons", max_nfe="no"), "max_nfe of moons: expected a whole number, got 'no'"),
+        (lambda: plan_experiment("mnist", dequantization="gauss"), "expected uniform or variational or none"),
+        (lambda: plan_experiment("moons", about="x"), "unknown setting 'about' of moons"),
     ],
 )
 def test_impossible_experiments_are_refused(make: Any, message: str) -> None:
@@ -378,6 +387,24 @@ def test_epochs_become_steps_unless_steps_are_asked_for(data_dir: Path) -> None:
 # --- command line ---------------------------------------------------------------------------------
 
 
+def test_every_setting_of_a_preset_has_the_type_of_its_field() -> None:
+    for name, preset in list_presets().items():
+        types = settable(Setup, KINDS[preset.kind], Budget)
+        for budget in BUDGETS:
+            for data in preset.data(budget):
+                values = preset.settings(budget, data)
+                check_settings({key: value for key, value in values.items() if key != "data"}, types, name)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["epochs"], "as NAME=VALUE"), (["epochs="], "as NAME=VALUE"), (["lr=1", "lr=2"], "lr is given twice")],
+)
+def test_settings_in_words_are_refused(words: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_settings(words)
+
+
 def call(*arguments: Any) -> Any:
     """Run a command in this process."""
     return CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}).invoke(app, [str(a) for a in arguments])
@@ -407,10 +434,40 @@ def test_run_prints_a_table_and_where_its_files_are(tmp_path: Path) -> None:
     assert record["command"].startswith("pycnf")
 
 
+def test_settings_of_a_preset_are_replaced(data_dir: Path, tmp_path: Path) -> None:
+    replaced = {"dequantization": "variational", "hidden": [4], "shrink": 4, "validation_rows": 20, "test_rows": 20}
+    words = [word for name, value in replaced.items() for word in ("--set", f"{name}={value}")]
+    where = ["--output", tmp_path / "out", "--runs", tmp_path / "runs", "--data-dir", data_dir]
+    given = [*QUICK, *words, "--set", "batch_size=20", "--set", "test_batch_size=20", "--set", "sweep_rows=10"]
+    done = call("experiment", "run", "mnist", "--regularizer", "none", *given, *where, "--json")
+    assert done.exit_code == 0, done.output
+    (run,) = (read_json(path) for path in (tmp_path / "out" / "runs").iterdir())
+    assert run["status"] == "finished"
+    assert (run["workload"]["dequantization"], run["workload"]["shrink"], run["config"]["hidden"]) == (
+        "variational",
+        4,
+        [4],
+    )
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_the_settings_are_shown(name: str) -> None:
+    found = json.loads(call("experiment", "show", name, "--json").stdout)
+    assert set(found) == set(BUDGETS)
+    shown = call("experiment", "show", name).stdout
+    for key in ("hidden", "lr", "rtol", "regularizers"):
+        assert f"  {key} " in shown
+    values = found["small"]
+    assert values["epochs" if "epochs" in values else "max_steps"] > 0
+    assert ("epochs" in values) != ("max_steps" in values), "epochs say how many steps there are"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["mnists"], "unknown experiment"),
+        (["moons", "--set", "lr"], "NAME=VALUE"),
+        (["moons", "--set", "epochs=3"], "unknown setting 'epochs'"),
         (["moons", "--budget", "large"], "'large' is not one of small, paper"),
         (["moons", "--regularizer", "mystery"], "unknown regularizer"),
         (["cifar10", "--data-dir", "nowhere"], "pycnf data fetch cifar10"),

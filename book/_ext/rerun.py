@@ -47,7 +47,7 @@ def runnable(command: str, path: Path) -> tuple[list[str], Path | None]:
         return [sys.executable, str(script.relative_to(ROOT)), *words[2:]], None
     if words[0] != "pycnf":
         raise ValueError(f"cannot run {command!r} again: it is neither a pycnf command nor a script of benchmarks/")
-    words = [sys.executable, "-m", "pycnf.cli", *words[1:], *(["--overwrite"] * ("--overwrite" not in words))]
+    words = [sys.executable, "-m", "pycnf", *words[1:], *(["--overwrite"] * ("--overwrite" not in words))]
     if {"--output", "-o"} & set(words):
         return words, None
     taken = Path("runs") / f"rerun-{path.parent.name}"

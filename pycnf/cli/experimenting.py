@@ -1,4 +1,4 @@
-"""``pycnf experiment list`` and ``pycnf experiment run``."""
+"""``pycnf experiment list``, ``pycnf experiment show`` and ``pycnf experiment run``."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from pycnf.cli.tables import console, tolerance_table
 from pycnf.experiments import BenchResult, get_preset, list_presets, parse_seeds, plan_experiment
 from pycnf.experiments.bench_results import BENCH
 from pycnf.experiments.presets import BUDGETS
-from pycnf.experiments.reproduction import KINDS, default_folder
+from pycnf.experiments.reproduction import KINDS, default_folder, preset_settings
 from pycnf.experiments.results import write_cell
+from pycnf.experiments.settings import read_settings
 
 experiment_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="markdown", help="Run the experiments of the TPR paper by name."
@@ -55,6 +56,29 @@ def list_experiments(data_dir: o.DataDir = None, as_json: o.Json = False) -> Non
         console().print("absent data:", *sorted(absent), sep="\n  ", soft_wrap=True, markup=False)
 
 
+@experiment_app.command("show")
+def show_experiment(name: Name, as_json: o.Json = False) -> None:
+    """Show the settings of an experiment in both budgets.
+
+    For example: `pycnf experiment show vae-mnist`
+    """
+    found = preset_settings(name)
+    if as_json:
+        typer.echo(json.dumps(found, ensure_ascii=False))
+        return
+    table = Table(
+        title=get_preset(name).about,
+        box=SIMPLE_HEAD,
+        caption="small: for two cores; paper: the settings of the TPR paper. `pycnf experiment run` replaces them by "
+        "--set NAME=VALUE",
+    )
+    for head in ("setting", *found):
+        table.add_column(head, overflow="fold")
+    for key in {key: None for settings in found.values() for key in settings if key != "on"}:
+        table.add_row(key, *(_write(settings.get(key)) for settings in found.values()))
+    console().print(table)
+
+
 @experiment_app.command()
 def run(
     name: Name,
@@ -66,6 +90,17 @@ def run(
             "What is compared with the plain arm, which is always there: specs separated by spaces, or repeat the "
             "option. [default: the preset's]",
             metavar="SPECS",
+        ),
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        o.option(
+            "--set",
+            o.WHAT,
+            "A setting to replace, such as epochs=10, hidden=[32,32] or dequantization=variational; repeat the option "
+            "for more. `pycnf experiment show NAME` lists them.",
+            metavar="NAME=VALUE",
+            **o.checked(read_settings),
         ),
     ] = None,
     budget: Annotated[
@@ -122,9 +157,11 @@ def run(
 
     - `pycnf experiment run vae-caltech --regularizer "tpr:weight=5 error:weight=0.5"`
 
+    - `pycnf experiment run mnist --set dequantization=variational --output results/variational`
+
     - `pycnf experiment run mnist --budget paper --device cuda`
     """
-    settings = {
+    flags = {
         "rtol": rtol,
         "atol": atol,
         "test_rtol": test_tolerance,
@@ -132,6 +169,7 @@ def run(
         "max_steps": max_steps,
         "device": device,
     }
+    settings = read_settings(setting or ()) | {key: value for key, value in flags.items() if value is not None}
     plan = plan_experiment(name, budget, regularizer, data_dir=data_dir, **settings)
     folder = output or default_folder(name, budget)
     o.say(
@@ -149,6 +187,13 @@ def _describe(name: str, data_dir: Path | None) -> dict[str, Any]:
         budget: next((data for data in preset.data(budget) if work.present(data, data_dir)), None) for budget in BUDGETS
     }
     return {"name": name, "kind": preset.kind, "about": preset.about, "data": there, "fetch": preset.fetch}
+
+
+def _write(value: Any) -> str:
+    """Write a setting as --set takes it."""
+    if value is None:
+        return "–"
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _name_data(name: str, budget: str, data: str) -> str:

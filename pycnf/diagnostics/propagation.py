@@ -6,7 +6,7 @@ solve is the sum, exact and without remainder, of what each step contributes,
     y_N - phi(y_0) = sum_n ( phi(y_(n+1)) - phi(y_n) ).
 
 References:
-    Hairer, Norsett & Wanner, Solving Ordinary Differential Equations I, section II.3, figure 3.2.
+    Hairer, Norsett & Wanner, Solving Ordinary Differential Equations I, sections I.7 and II.3.
 """
 
 from __future__ import annotations

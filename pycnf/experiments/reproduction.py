@@ -15,6 +15,7 @@ from pycnf.experiments.benchmark import bench
 from pycnf.experiments.budgets import Budget
 from pycnf.experiments.image_flows import Images
 from pycnf.experiments.presets import Preset, get_preset
+from pycnf.experiments.settings import check_settings, settable
 from pycnf.experiments.setup import Setup
 from pycnf.experiments.workloads import TABLES, Workload
 
@@ -100,14 +101,12 @@ def plan_experiment(
     """
     preset = get_preset(name)
     kind, parts = KINDS[preset.kind], dict[type, dict[str, Any]]()
+    given = {key: value for key, value in settings.items() if value is not None}
+    check_settings(given, settable(Setup, kind, Budget), name)  # before a complaint that data are absent
     data = find_data(preset, budget, kind(), data_dir)
-    values = preset.settings(budget, data) | {key: value for key, value in settings.items() if value is not None}
-    values.pop("data", None)
+    values = preset.settings(budget, data) | given
     for of in (Budget, Setup, kind):
-        known = {field.name for field in dataclasses.fields(of)}
-        parts[of] = {key: _frozen(values.pop(key)) for key in [*values] if key in known}
-    if values:
-        raise ValueError(f"unknown setting {next(iter(values))!r} of {name}: see pycnf.experiments.{kind.__name__}")
+        parts[of] = {key: _frozen(values[key]) for key in settable(of) if key in values}
     work = kind(**parts[kind])
     own = parts[Budget]
     if regularizers is not None:
@@ -115,6 +114,29 @@ def plan_experiment(
     return Budget(
         name=f"{name}-{budget}", about=preset.about, data={data: parts[Setup]}, work=work, figures=True, **own
     )
+
+
+def preset_settings(name: str) -> dict[str, dict[str, Any]]:
+    """Return all settings of an experiment by budget: those of its preset, and the defaults of the others.
+
+    Raises:
+        ValueError: On an unknown name.
+
+    >>> found = preset_settings("mnist")
+    >>> found["paper"]["hidden"], found["small"]["dequantization"], found["small"]["rtol"]
+    ((64, 64, 64), 'uniform', 0.0001)
+    """
+    preset, found = get_preset(name), {}
+    work = KINDS[preset.kind]
+    for budget in preset.budgets:
+        data, *_ = preset.data(budget)
+        own = preset.settings(budget, data)
+        setup = work().setup(data, {key: own[key] for key in settable(Setup) if key in own})
+        values = dataclasses.asdict(setup) | {f.name: f.default for f in dataclasses.fields(work)}
+        if "epochs" in values and "max_steps" not in own:  # epochs say how many steps there are between validations
+            del values["max_steps"], values["validate_every"]
+        found[budget] = values | {key: own[key] for key in (*settable(work, Budget),) if key in own}
+    return found
 
 
 def find_data(preset: Preset, budget: str, work: Workload, data_dir: str | Path | None = None) -> str:
@@ -162,4 +184,12 @@ def _frozen(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-__all__ = ["KINDS", "default_folder", "draw_result", "find_data", "plan_experiment", "run_experiment"]
+__all__ = [
+    "KINDS",
+    "default_folder",
+    "draw_result",
+    "find_data",
+    "plan_experiment",
+    "preset_settings",
+    "run_experiment",
+]

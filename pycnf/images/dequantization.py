@@ -44,7 +44,7 @@ class VariationalNoise(nn.Module):
         ValueError: On impossible sizes or settings.
 
     References:
-        Ho et al., Flow++: Improving flow-based generative models with variational dequantization and architecture
+        Ho et al., Flow++: improving flow-based generative models with variational dequantization and architecture
         design, ICML 2019. Hoogeboom, Cohen & Tomczak, Learning discrete distributions by dequantization, 2020.
 
     >>> u, log_q = VariationalNoise((1, 4, 4), hidden=(8,))(torch.full((5, 16), 255.0))

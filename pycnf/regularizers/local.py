@@ -93,7 +93,7 @@ class Stiffness(Regularizer):
         weight: Factor of the penalty.
 
     References:
-        Pal et al., ICML 2021, after Shampine, Stiffness and nonstiff differential equation solvers, 1977.
+        Pal et al., ICML 2021, after Shampine, Stiffness and nonstiff differential equation solvers, II, 1977.
     """
 
     name: ClassVar[str] = "stiffness"

@@ -27,7 +27,7 @@ class Steer(Regularizer):
         ValueError: On another width, or on ``target_nfe``, by which no width can be steered.
 
     References:
-        Ghosh, Behl, Dupont, Torr & Namboodiri, STEER: simple temporal regularization for neural ODEs, NeurIPS 2020.
+        Ghosh, Behl, Dupont, Torr & Namboodiri, STEER: simple temporal regularization for neural ODE, NeurIPS 2020.
 
     >>> ends = [Steer(weight=0.1).end_time() for _ in range(20)]
     >>> all(0.9 < end < 1.1 for end in ends)

@@ -1,4 +1,4 @@
-"""Run the command line: ``python -m pycnf.cli``."""
+"""Run the command line: ``python -m pycnf``."""
 
 import sys
 
