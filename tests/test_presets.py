@@ -443,11 +443,9 @@ def test_settings_of_a_preset_are_replaced(data_dir: Path, tmp_path: Path) -> No
     assert done.exit_code == 0, done.output
     (run,) = (read_json(path) for path in (tmp_path / "out" / "runs").iterdir())
     assert run["status"] == "finished"
-    assert (run["workload"]["dequantization"], run["workload"]["shrink"], run["config"]["hidden"]) == (
-        "variational",
-        4,
-        [4],
-    )
+    made = run["configuration"]
+    assert made["setup"]["hidden"] == [4]
+    assert (made["workload"]["dequantization"], made["workload"]["shrink"]) == ("variational", 4)
 
 
 @pytest.mark.parametrize("name", sorted(NAMES))
