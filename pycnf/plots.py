@@ -245,7 +245,9 @@ def density_2d(
     with torch.no_grad(), _evaluating(flow):
         log_prob = torch.cat([flow().log_prob(part) for part in grid.split(CHUNK)])
     density = log_prob.exp().reshape(resolution, resolution).T.cpu().numpy()
-    with house_figure(1, title, width=5.0, height=4.2) as (figure, (axes,)):
+    sides_ratio = (extent[3] - extent[2]) / (extent[1] - extent[0])
+    height = min(max(3.7 * sides_ratio + 0.6, 2.2), 7.0)  # that of the axes, so that the color bar is as tall as they are
+    with house_figure(1, title, width=5.0, height=height) as (figure, (axes,)):
         axes.grid(False)
         image = axes.imshow(density, extent=extent, origin="lower", aspect="equal", cmap="viridis")
         if data is not None:
@@ -253,7 +255,7 @@ def density_2d(
             axes.plot(shown[:, 0], shown[:, 1], ".", color=COLORS[1], ms=1.0, alpha=0.5, rasterized=True)
             axes.set(xlim=extent[:2], ylim=extent[2:])
         axes.set(xlabel="$x_1$", ylabel="$x_2$")
-        bar = figure.colorbar(image, ax=axes, shrink=0.9)
+        bar = figure.colorbar(image, ax=axes)
         bar.set_label("density p(x)")
         bar.outline.set_visible(False)
     return figure
