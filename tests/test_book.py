@@ -142,6 +142,21 @@ def test_records_are_made_again_beside_the_old_ones() -> None:
         tool("rerun").runnable("rm -r results", ROOT / "results" / "power" / "comparison.json")
 
 
+def test_a_decision_needs_its_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pandas", reason="pandas comes with the extra book")
+    for folder in (SOURCES / "_ext", ROOT / "benchmarks"):
+        monkeypatch.syspath_prepend(str(folder))
+    decisions = importlib.import_module("decisions").Decisions()
+    decisions.add("a", "`b`", "c", "page", holds=True)
+    decisions.add("d", "e", "not recorded", "page")
+    assert decisions.markdown().splitlines()[2:] == [
+        "| a | `b` | c | {doc}`page` |",
+        "| d | e | not recorded | {doc}`page` |",
+    ]
+    with pytest.raises(AssertionError, match="f: g is not supported by what was measured, h"):
+        decisions.add("f", "g", "h", "page", holds=False)
+
+
 def test_figures_are_described_by_what_is_written_in_them(tmp_path: Path) -> None:
     pytest.importorskip("sphinx", reason="sphinx comes with the extra book")
     from pycnf.plots import house_figure
