@@ -82,7 +82,7 @@ def experiments(folder: Path) -> str:
         for data in bench.data:
             plain, *arms = [line for line in bench.summary(data) if "tolerance_alone" not in line]
             arms = [line for line in arms if line["nfe_test"].get("change") is not None]
-            free = [line for line in arms if any(line["within"].values())]
+            free = [line for line in arms if line["within"]["paired"] and line["n"] == plain["n"]]
             best = min(free, key=lambda line: line["nfe_test"]["change"], default=None)
             by_name = {line["arm"]: line for line in arms}
             stands_for = preset.substituted(data)
@@ -90,20 +90,28 @@ def experiments(folder: Path) -> str:
                 [
                     ("VAE of " if preset.kind == "vae" else "") + data + (f" (for {stands_for})" if stands_for else ""),
                     str(plain["n"]),
-                    *(change(by_name.get(arm)) for arm in ("tpr:weight=5", DEFAULT)),
-                    f"`{best['arm'].replace(DEFAULT, 'default')}`: {change(best)}" if best else "none",
+                    *(change(by_name.get(arm), plain["n"]) for arm in ("tpr:weight=5", DEFAULT)),
+                    f"`{best['arm'].replace(DEFAULT, 'default')}`: {change(best, plain['n'])}" if best else "none",
                     str(len(arms)),
                 ]
             )
-    header = ["data", "seeds", "TPR as published", "default", "best arm within one standard error", "arms"]
+    header = [
+        "data",
+        "seeds",
+        "TPR as published",
+        "default",
+        "best arm within one standard error of the difference",
+        "arms",
+    ]
     return markdown(header, rows, 1)
 
 
-def change(line: Row | None) -> str:
-    """Write what an arm changes: the evaluations of a test, in brackets the likelihood."""
+def change(line: Row | None, seeds: int) -> str:
+    """Write what an arm changes: evaluations of a test, in brackets the likelihood; and its seeds if they are fewer."""
     if line is None:
         return "–"
-    return f"{write_change(line['nfe_test'])} ({write_difference(line['nll'])})".replace("-", "−")
+    text = f"{write_change(line['nfe_test'])} ({write_difference(line['nll'])})".replace("-", "−")
+    return text if line["n"] == seeds else f"{text}, {line['n']} seed{'' if line['n'] == 1 else 's'}"
 
 
 def step_time(record: Row) -> str:
