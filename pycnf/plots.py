@@ -246,7 +246,7 @@ def density_2d(
         log_prob = torch.cat([flow().log_prob(part) for part in grid.split(CHUNK)])
     density = log_prob.exp().reshape(resolution, resolution).T.cpu().numpy()
     sides_ratio = (extent[3] - extent[2]) / (extent[1] - extent[0])
-    height = min(max(3.7 * sides_ratio + 0.6, 2.2), 7.0)  # that of the axes, so that the color bar is as tall as they are
+    height = min(max(3.7 * sides_ratio + 0.6, 2.2), 7.0)  # of the axes: the color bar is as tall as they are
     with house_figure(1, title, width=5.0, height=height) as (figure, (axes,)):
         axes.grid(False)
         image = axes.imshow(density, extent=extent, origin="lower", aspect="equal", cmap="viridis")
