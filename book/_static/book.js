@@ -1,9 +1,9 @@
-// Code that does not fit can be scrolled by keyboard, also where it was folded when the page was opened.
+// Code and tables that do not fit can be scrolled by keyboard, also where they were folded when the page was opened.
 document.addEventListener("DOMContentLoaded", () => {
   const watch = new ResizeObserver((changes) => {
     for (const { target } of changes) target.tabIndex = target.scrollWidth > target.clientWidth ? 0 : -1;
   });
-  document.querySelectorAll("article pre").forEach((part) => watch.observe(part));
+  document.querySelectorAll("article pre, article div.output").forEach((part) => watch.observe(part));
 });
 
 // Formulas in the running text break after relations and operators, as TeX breaks them, where a line is too short
