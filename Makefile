@@ -106,7 +106,7 @@ book-pdf: $(VENV)/.installed-book ## build the book as one PDF, where a LaTeX is
 	    exit 1; }; \
 	done >&2
 	@$(BIN)/python book/_ext/execution_key.py _build
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
+	TEXINPUTS="$(CURDIR)/book/_ext/latex:" OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
 	    $(BIN)/jupyter-book build book --config _config.yml --path-output . --builder pdflatex
 	@echo "Open $(CURDIR)/_build/latex/pycnf.pdf"
 

@@ -7,7 +7,7 @@ import hashlib
 import html
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from string import Template
 
@@ -36,7 +36,7 @@ class Animation:
         alt: What the pictures show, in words.
     """
 
-    frames: tuple[bytes, ...]
+    frames: tuple[bytes, ...] = field(repr=False)
     labels: tuple[str, ...]
     heads: tuple[str, ...]
     alt: str
@@ -73,6 +73,14 @@ class Animation:
 
     def _repr_html_(self) -> str:
         return self.html()
+
+    def _repr_png_(self) -> bytes:
+        """Return the last picture, for what cannot show an animation: paper."""
+        from PIL import Image
+
+        buffer = io.BytesIO()
+        Image.open(io.BytesIO(self.frames[-1])).save(buffer, format="PNG")
+        return buffer.getvalue()
 
 
 def forming_animation(

@@ -157,6 +157,16 @@ def test_a_decision_needs_its_measurement(monkeypatch: pytest.MonkeyPatch) -> No
         decisions.add("f", "g", "h", "page", holds=False)
 
 
+def test_formulas_of_the_pdf_have_the_macros_of_the_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sphinx", reason="sphinx comes with the extra book")
+    monkeypatch.syspath_prepend(str(SOURCES / "_ext"))
+    written = importlib.import_module("pdf_book").write_macros({"div": r"\operatorname{div}", "norm": ["|#1|", 1]})
+    assert written.splitlines() == [
+        r"\providecommand{\div}{}\renewcommand{\div}{\operatorname{div}}",
+        r"\providecommand{\norm}{}\renewcommand{\norm}[1]{|#1|}",
+    ]
+
+
 def test_figures_are_described_by_what_is_written_in_them(tmp_path: Path) -> None:
     pytest.importorskip("sphinx", reason="sphinx comes with the extra book")
     from pycnf.plots import house_figure

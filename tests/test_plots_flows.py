@@ -127,6 +127,9 @@ def test_the_animation_is_one_piece_that_waits_to_be_played(plane: pycnf.CNF, tm
     assert not re.search(r"https?:|<link|@import|autoplay", text), "nothing is fetched, nothing starts by itself"
     assert "prefers-reduced-motion" in text
     assert 'type="range"' in text
+    last = Image.open(io.BytesIO(shown._repr_png_()))
+    assert (last.format, last.size) == ("PNG", (98, 32)), "on paper, the density that has formed"
+    assert len(repr(shown)) < 400
 
 
 def test_what_cannot_be_drawn_is_refused(plane: pycnf.CNF, line: pycnf.CNF, x: torch.Tensor) -> None:
