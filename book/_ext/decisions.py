@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import pandas as pd
-from recorded import Recorded, difference, lines_of, overview, percent, plural, short, within, write
+from recorded import Recorded, difference, lines_of, overview, percent, plural, write
 from tables import CASES, spread
 
 from pycnf.experiments.bench_results import BenchResult
@@ -300,20 +300,8 @@ class Arms:
 
     def benchmark(self, arms: Sequence[str]) -> pd.DataFrame:
         """Return a row a set of the benchmark and arm."""
-        found = [
-            {
-                "set": data,
-                "arm": short(line["arm"]),
-                "NFE test": percent(line["nfe_test"]["change"]),
-                "NFE training": percent(line["nfe_train"]["change"]),
-                "NLL (nats)": difference(line["nll"], 3),
-                "within 1 SE": within(line),
-            }
-            for data in self.front.data
-            for line in self.front.summary(data)
-            if line["arm"] in arms and "tolerance_alone" not in line
-        ]
-        return pd.DataFrame(found).set_index(["set", "arm"])
+        sets = [Recorded("regularizers", data, self.front) for data in self.front.data]
+        return overview(sets, arms).drop(columns="seeds")
 
     def experiments(self) -> pd.DataFrame | None:
         """Return a row a set of the experiments and arm, None where there is none."""
@@ -413,7 +401,7 @@ class Arms:
             "mass in separate pieces",
             "none",
             f"8gaussians: the default {self._tell('8gaussians', DEFAULT, 3)}",
-            "straight-lines",
+            "log-density",
             holds=None if pieces is None else not pieces,
         )
         decisions.add(

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +63,15 @@ class Recorded:
             return None
         return get_preset(self.name).substituted(self.data)
 
+    @cached_property
+    def lines(self) -> list[dict[str, Any]]:
+        """The summary: lines of the arms, then of the tolerance alone. It resamples the runs, so it is made once."""
+        return self.bench.summary(self.data)
+
     @property
     def arms(self) -> list[dict[str, Any]]:
         """The summary's lines of the arms."""
-        return [line for line in self.bench.summary(self.data) if "tolerance_alone" not in line]
+        return [line for line in self.lines if "tolerance_alone" not in line]
 
     def describe(self) -> str:
         """Return what was run, in Markdown."""
@@ -125,7 +131,7 @@ class Recorded:
                 f"- {long(line['arm'])} changes the evaluations of a test by {changes[0]}{known}, those of training by "
                 f"{changes[1]}, and the held-out NLL by {difference(line['nll'], 3)} {unit}: {VERDICTS[within(line)]}."
             )
-        for line in self.bench.summary(self.data):
+        for line in self.lines:
             if "tolerance_alone" in line and line["nfe_test"].get("change") is not None:
                 items.append(
                     f"- No regularizer at all, only a test at {write(line['tolerance_alone'])}: "
@@ -186,13 +192,13 @@ def recorded(*kinds: str) -> list[Recorded]:
     return found
 
 
-def overview(sets: Sequence[Recorded]) -> pd.DataFrame:
-    """Return a row a set and arm: what each regularizer changes."""
+def overview(sets: Sequence[Recorded], arms: Collection[str] | None = None) -> pd.DataFrame:
+    """Return a row a set and arm, of these arms or of all: what each regularizer changes."""
     lines = []
     for one in sets:
         stands = f" (for {one.substitute})" if one.substitute else ""
         for line in one.arms[1:]:
-            if line["nfe_test"].get("change") is not None:
+            if line["nfe_test"].get("change") is not None and (arms is None or line["arm"] in arms):
                 lines.append(
                     {
                         "set": ("VAE of " if one.work["kind"] == "vae" else "") + one.data + stands,

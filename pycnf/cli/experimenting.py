@@ -74,7 +74,7 @@ def show_experiment(name: Name, as_json: o.Json = False) -> None:
     )
     for head in ("setting", *found):
         table.add_column(head, overflow="fold")
-    for key in {key: None for settings in found.values() for key in settings if key != "on"}:
+    for key in {key: None for settings in found.values() for key in settings}:
         table.add_row(key, *(_write(settings.get(key)) for settings in found.values()))
     console().print(table)
 

@@ -135,7 +135,7 @@ def preset_settings(name: str) -> dict[str, dict[str, Any]]:
         values = dataclasses.asdict(setup) | {f.name: f.default for f in dataclasses.fields(work)}
         if "epochs" in values and "max_steps" not in own:  # epochs say how many steps there are between validations
             del values["max_steps"], values["validate_every"]
-        found[budget] = values | {key: own[key] for key in (*settable(work, Budget),) if key in own}
+        found[budget] = values | {key: own[key] for key in settable(work, Budget) if key in own}
     return found
 
 
